@@ -110,11 +110,14 @@ def make_clip(
                 audio, seconds if audio_seconds is None else audio_seconds, audio_rate, channels,
                 gains,
             )  # fmt: skip
+            encoder = audio_codec or AUDIO_CODECS.get(suffix, "aac")
             sound = out.add_stream(
-                audio_codec or AUDIO_CODECS.get(suffix, "aac"),
+                encoder,
                 rate=audio_rate,
+                options={"aac_coder": "fast"} if encoder == "aac" else {},
                 layout=LAYOUTS[channels],
             )
+            assert isinstance(sound, av.AudioStream)
         cover = _cover_stream(out) if cover_art else None
         if stream is not None:
             packets += _encode_video(stream, times, draw)
@@ -123,7 +126,7 @@ def make_clip(
         if cover is not None:
             packets += _encode_cover(cover)
         # Interleave by time, as files from cameras are.
-        packets.sort(key=lambda p: p.dts * p.time_base)
+        packets.sort(key=lambda p: (p.dts or 0) * p.time_base)
         for packet in packets:
             out.mux(packet)
     return path
@@ -256,7 +259,7 @@ def _video_stream(
     elif codec == "libvpx-vp9":
         options |= {"deadline": "realtime", "cpu-used": "8"}
     elif codec == "libsvtav1":
-        options |= {"preset": "11", "crf": "20", "svtav1-params": "lp=1"}
+        options |= {"preset": "8", "crf": "8", "svtav1-params": "lp=1"}
     stream = out.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
     assert isinstance(stream, av.VideoStream)
     width, height = size
