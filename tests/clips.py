@@ -111,13 +111,7 @@ def make_clip(
                 gains,
             )  # fmt: skip
             encoder = audio_codec or AUDIO_CODECS.get(suffix, "aac")
-            sound = out.add_stream(
-                encoder,
-                rate=audio_rate,
-                options={"aac_coder": "fast"} if encoder == "aac" else {},
-                layout=LAYOUTS[channels],
-            )
-            assert isinstance(sound, av.AudioStream)
+            sound = _audio_stream(out, encoder, audio_rate, channels)
         cover = _cover_stream(out) if cover_art else None
         if stream is not None:
             packets += _encode_video(stream, times, draw)
@@ -273,6 +267,15 @@ def _video_stream(
         stream.codec_context.time_base = TICK
     with contextlib.suppress(AttributeError, ValueError):
         stream.codec_context.thread_count = 1
+    return stream
+
+
+def _audio_stream(
+    out: av.container.OutputContainer, encoder: str, rate: int, channels: int
+) -> av.AudioStream:
+    options = {"aac_coder": "fast"} if encoder == "aac" else {}
+    stream = out.add_stream(encoder, rate=rate, options=options, layout=LAYOUTS[channels])
+    assert isinstance(stream, av.AudioStream)
     return stream
 
 
