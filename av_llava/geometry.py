@@ -18,20 +18,56 @@ from av_llava.settings import ImageSettings
 POOL_MODES = ("average", "max", "bilinear")
 
 
-def pooled_side(side: int, stride: int, mode: str) -> int:
+def pooled_side(side: int, stride: int, mode: str, tail: str = "drop") -> int:
     """Length of one side of a patch grid after 2-D pooling.
 
-    Average and max pooling drop the remainder (LLaVA-NeXT ``get_2dPool``), bilinear keeps it.
+    Average and max pooling drop the remainder (LLaVA-NeXT ``get_2dPool``) unless ``tail`` is
+    ``"partial"``; bilinear keeps it.
     """
+    if mode not in POOL_MODES:
+        raise UsageError(f"Unknown pooling mode {mode!r}. Known: {', '.join(POOL_MODES)}.")
     if stride <= 1:
         return side
-    if mode == "bilinear":
-        return -(-side // stride)
-    if mode in ("average", "max"):
-        if side < stride:
-            raise UsageError(f"A grid side of {side} cannot be pooled with stride {stride}.")
-        return side // stride
-    raise UsageError(f"Unknown pooling mode {mode!r}. Known: {', '.join(POOL_MODES)}.")
+    if mode == "bilinear" or tail == "partial":
+        return ceil_div(side, stride)
+    if side < stride:
+        raise UsageError(f"A grid side of {side} cannot be pooled with stride {stride}.")
+    return side // stride
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Quotient of non-negative integers, rounded up."""
+    return -(-number // divisor)
+
+
+def window_bins(side: int, stride: int, n_bins: int) -> tuple[tuple[int, int], ...]:
+    """Half-open source range of each of ``n_bins`` windows; the last one may be cut short."""
+    return tuple((i * stride, min((i + 1) * stride, side)) for i in range(n_bins))
+
+
+def adaptive_bins(side: int, n_bins: int) -> tuple[tuple[int, int], ...]:
+    """Half-open source range of each bin of adaptive pooling.
+
+    Bins overlap when ``side`` is no multiple of ``n_bins``, and repeat when it is smaller.
+    """
+    return tuple((i * side // n_bins, ceil_div((i + 1) * side, n_bins)) for i in range(n_bins))
+
+
+def bilinear_bins(side: int, n_bins: int) -> tuple[tuple[int, int], ...]:
+    """Half-open source range that each output of bilinear resizing reads (pixel centres, no
+    antialiasing): one sample, or the two around the output's centre.
+    """
+    bins = []
+    for i in range(n_bins):
+        # The centre is ((2 i + 1) side - n_bins) / (2 n_bins), clamped at the first sample.
+        below, between = divmod(max((2 * i + 1) * side - n_bins, 0), 2 * n_bins)
+        bins.append((below, min(below + 1 + (between > 0), side)))
+    return tuple(bins)
+
+
+def even_indices(count: int, n: int) -> tuple[int, ...]:
+    """``n`` of ``count`` indices, evenly spaced from the first: ``floor(i * count / n)``."""
+    return tuple(i * count // n for i in range(n))
 
 
 SAMPLE_RATE_HZ = 16_000
@@ -43,36 +79,46 @@ FBANK_WINDOW_SAMPLES = 400  # Kaldi's 25 ms window, which must be filled
 class AudioGeometry:
     """How an audio tower turns the samples of a chunk into output frames, as integers.
 
-    A tower gives ``frames_per_hop`` frames for every ``hop_samples`` samples, after a first
-    ``overlap_samples`` that fill its window. Towers from elsewhere describe themselves so too.
+    Samples become input frames (mel or filterbank), one each 10 ms; ``inputs_per_hop`` of them
+    make one output position with ``frames_per_hop`` frames. Towers from elsewhere describe
+    themselves so too.
     """
 
     chunk_samples: int
     """Samples of one chunk: the tower's own input length."""
-    hop_samples: int
-    """Samples from one output position to the next."""
+    inputs_per_hop: int
+    """Input frames from one output position to the next."""
     frames_per_hop: int = 1
-    """Frames at one position (BEATs: one per frequency band)."""
+    """Output frames at one position (BEATs: one per frequency band)."""
     overlap_samples: int = 0
-    """Samples that a position needs beyond its hop."""
+    """Samples that an input frame needs beyond its hop."""
     partial: bool = True
     """Whether a hop counts that is only partly filled with sound."""
+    input_hop_samples: int = HOP_SAMPLES
+    """Samples from one input frame to the next."""
     sample_rate_hz: int = SAMPLE_RATE_HZ
 
-    def frames(self, n_samples: int) -> int:
-        """Output frames that hold sound when a chunk begins with ``n_samples`` samples of it."""
-        filled = n_samples - self.overlap_samples + (self.hop_samples - 1 if self.partial else 0)
-        return max(filled // self.hop_samples, 1) * self.frames_per_hop
+    def input_frames(self, n_samples: int) -> int:
+        """Input frames that hold sound when a chunk begins with ``n_samples`` samples of it."""
+        return self._hops(n_samples - self.overlap_samples, self.input_hop_samples)
+
+    def frames(self, input_frames: int) -> int:
+        """Output frames that hold sound, of so many input frames; at least one position."""
+        return self._hops(input_frames, self.inputs_per_hop) * self.frames_per_hop
+
+    def _hops(self, length: int, hop: int) -> int:
+        return max((length + (hop - 1 if self.partial else 0)) // hop, 1)
 
     @property
     def frames_per_chunk(self) -> int:
         """Output frames of a whole chunk."""
-        return self.frames(self.chunk_samples)
+        return self.frames(self.input_frames(self.chunk_samples))
 
     @property
     def frame_rate_hz(self) -> float:
         """Output frames per second of sound."""
-        return self.frames_per_hop * self.sample_rate_hz / self.hop_samples
+        hop = self.inputs_per_hop * self.input_hop_samples
+        return self.frames_per_hop * self.sample_rate_hz / hop
 
     @property
     def chunk_seconds(self) -> float:
@@ -92,8 +138,7 @@ def fbank_frames(n_samples: int) -> int:
 
 def whisper_geometry(max_source_positions: int) -> AudioGeometry:
     """Return the geometry of a Whisper encoder: two mel frames per output frame."""
-    hop = 2 * HOP_SAMPLES
-    return AudioGeometry(chunk_samples=max_source_positions * hop, hop_samples=hop)
+    return AudioGeometry(2 * max_source_positions * HOP_SAMPLES, inputs_per_hop=2)
 
 
 def beats_geometry(
@@ -101,8 +146,8 @@ def beats_geometry(
 ) -> AudioGeometry:
     """Return the geometry of BEATs: square patches of filterbank frames, time-major."""
     return AudioGeometry(
-        chunk_samples=chunk_samples,
-        hop_samples=patch_size * HOP_SAMPLES,
+        chunk_samples,
+        inputs_per_hop=patch_size,
         frames_per_hop=n_mels // patch_size if freq_pool == "flatten" else 1,
         overlap_samples=FBANK_WINDOW_SAMPLES - HOP_SAMPLES,
         partial=False,

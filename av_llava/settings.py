@@ -489,6 +489,11 @@ class AggregatorSettings(Settings):
                     "use newline 'frame'."
                 )
 
+    @property
+    def name(self) -> str:
+        """What messages call the aggregator: its layout, or its kind if it is another one."""
+        return self.layout if self.kind == "streams" else self.kind
+
     def _check_only(self, wanted: str) -> None:
         """Raise unless, of the parts that say how tokens are made, only ``wanted`` is set."""
         for part in ("slow", "fast", "budget", "prune"):
