@@ -1,0 +1,60 @@
+# Set-up, checks and runs. Every target does all the set-up that it needs.
+#   make demo      answer a question about a real video, from a fresh clone
+#   make test      all tests but those that need a GPU
+#   make check     lint, formatting, types, import directions
+# Another interpreter: make PYTHON=python3.12 test
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench gpu-check fmt test-oldest clean
+
+help:  ## Show this list.
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+
+setup: $(VENV)/.stamp  ## Make the virtual environment; again only when the requirements change.
+
+# The stamp is written last, so that an interrupted installation is repeated.
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "av_llava needs Python 3.11 or later, not %d.%d: make PYTHON=python3.12 setup" % sys.version_info[:2])'
+	@echo "Installing into $(VENV) (several GB: PyTorch) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) install -e ".[dev]" -c constraints.txt
+	@touch $@
+
+demo: setup  ## Answer a question about a real video with sound.
+	$(BIN)/python scripts/demo.py
+
+test: setup  ## Run all tests but those that need a GPU.
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: setup  ## Lint, formatting, types, import directions.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: setup  ## Format, and repair what can be repaired.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## Measure splice, decoding, preprocessing, sessions, log-mel.
+	$(BIN)/python -m bench
+
+gpu-check: setup  ## Compare CUDA with the CPU and measure on the GPU.
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m bench.gpu
+
+test-oldest: .venv-oldest/.stamp  ## Run the tests with the oldest allowed dependencies.
+	.venv-oldest/bin/python -m pytest -m "not gpu"
+
+.venv-oldest/.stamp: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python $(PIP) install -e ".[dev]" -c constraints-oldest.txt
+	@touch $@
+
+clean:  ## Remove the virtual environments and caches.
+	rm -rf $(VENV) .venv-oldest .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
