@@ -1,0 +1,53 @@
+"""av_llava: a LLaVA-architecture language model that watches and listens.
+
+Names are lazy: importing the package costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "load": "inference",
+    "AVLlava": "inference",
+    "Answer": "inference",
+    "Session": "sessions",
+    "load_pretrained_model": "checkpoints.llava_api",
+    "AVLlavaConfig": "config",
+    "AVLlavaProcessor": "processor",
+    "AVLlavaModel": "modeling",
+    "AVLlavaForConditionalGeneration": "modeling",
+    "MediaPlan": "planning",
+    "MediaPlanner": "planning",
+    "SplicePlan": "splice",
+}
+_SUBMODULES = (
+    "aggregators",
+    "audio",
+    "chat",
+    "images",
+    "media",
+    "projectors",
+    "sampling",
+    "splice",
+    "vision",
+)
+
+__all__ = ["__version__", *_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"av_llava.{name}")
+    if name not in _NAMES:
+        raise AttributeError(f"module 'av_llava' has no attribute {name!r}")
+    if name not in ("SplicePlan",):
+        importlib.import_module("av_llava.auto")
+    return getattr(importlib.import_module(f"av_llava.{_NAMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, *_SUBMODULES])

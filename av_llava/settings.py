@@ -109,6 +109,10 @@ class VisionSettings(Settings):
     """Per-channel mean of pixels scaled to 0..1, subtracted on the device."""
     image_std: tuple[float, ...] = CLIP_STD
     """Per-channel standard deviation of pixels scaled to 0..1."""
+    resize: str = "shortest_edge"
+    """How pictures get the tower's size: shortest_edge (then a centre crop) or exact (distorts)."""
+    resample: int = 3
+    """Pillow's number of the resizing filter: 3 bicubic, 2 bilinear."""
     video_preprocess: str = "fast"
     """How video frames are resized: fast (uint8 antialiased, within one level of PIL) or pil."""
     max_batch: int = 64
@@ -116,6 +120,7 @@ class VisionSettings(Settings):
 
     def __post_init__(self) -> None:
         check_choice("video preprocessing", self.video_preprocess, ("fast", "pil"))
+        check_choice("way of resizing", self.resize, ("shortest_edge", "exact"))
         check_range("max_batch", self.max_batch, 1)
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != 3:

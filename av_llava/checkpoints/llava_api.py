@@ -1,0 +1,60 @@
+"""``load_pretrained_model`` with the signature and the four values that LLaVA's users know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from av_llava.budgeting import context_length
+from av_llava.checkpoints.load import load_checkpoint
+from av_llava.errors import UsageError
+from av_llava.processor import AVLlavaProcessor
+
+
+def load_pretrained_model(
+    model_path: str | Path,
+    model_base: str | Path | None = None,
+    model_name: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: Any = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    overwrite_config: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any, AVLlavaProcessor, int]:
+    """Load a full checkpoint.
+
+    Args:
+        model_path: folder or hub id.
+        model_base: not supported yet (adapters and projector-only folders).
+        model_name: accepted and ignored: what a checkpoint is comes from its content.
+        load_8bit, load_4bit: not supported yet.
+        device_map: of accelerate.
+        device: cpu, cuda, ...; None chooses.
+        dtype: None keeps the checkpoint's.
+        attn_implementation: sdpa (default), eager, flash_attention_2.
+        overwrite_config: values of ``config.json`` to change.
+
+    Returns:
+        tokenizer, model, processor (with LLaVA's ``preprocess``), context length in tokens.
+    """
+    del model_name
+    for given, what in ((model_base, "model_base"), (load_8bit or load_4bit, "8 or 4 bits")):
+        if given:
+            raise UsageError(
+                f"Loading with {what} is not supported yet: give the folder of a full checkpoint."
+            )
+    loaded = load_checkpoint(
+        model_path,
+        device=device or "auto",
+        dtype=dtype or "auto",
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+        overwrite_config=overwrite_config,
+    )
+    processor = AVLlavaProcessor(loaded.tokenizer, loaded.model.config)
+    return loaded.tokenizer, loaded.model, processor, context_length(loaded.model.config)

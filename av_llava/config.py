@@ -1,0 +1,316 @@
+"""The model's configuration: typed parts plus the configurations of the three networks.
+
+Contract: everything needed to run is in ``config.json``. LLaVA's flat field names are read in
+this file (:meth:`AVLlavaConfig.from_llava`) and nowhere else; the rest of the package sees the
+typed settings of ``settings.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from av_llava.aggregators import settings_for
+from av_llava.audio.configs import BeatsConfig, DualAudioConfig
+from av_llava.errors import CheckpointError, unknown_name
+from av_llava.settings import (
+    AUDIO_TOKEN_INDEX,
+    IMAGE_TOKEN_INDEX,
+    VIDEO_TOKEN_INDEX,
+    AggregatorSettings,
+    AudioSettings,
+    ImageSettings,
+    ProjectorSettings,
+    SamplingSettings,
+    SequenceSettings,
+    Settings,
+    VisionSettings,
+)
+from av_llava.vision import as_llava_stores_it, tower_kind
+
+_OWN_AUDIO_CONFIGS = {c.model_type: c for c in (BeatsConfig, DualAudioConfig)}
+
+# LLaVA's architectures, by the language model inside. Matched on the class name, in this order,
+# because "LlavaQwen3..." also contains "Qwen".
+_LANGUAGE_MODELS = (
+    ("Qwen3Moe", "qwen3_moe"),
+    ("Qwen3", "qwen3"),
+    ("QwenMoe", "qwen2_moe"),
+    ("Qwen", "qwen2"),
+    ("Mixtral", "mixtral"),
+    ("Mistral", "mistral"),
+    ("Gemma3", "gemma3_text"),
+    ("Gemma2", "gemma2"),
+    ("Gemma", "gemma"),
+    ("Mpt", "mpt"),
+    ("Phi3", "phi3"),
+    ("Phi", "phi"),
+    ("StableLm", "stablelm"),
+    ("Llama", "llama"),
+)
+
+_PARTS: dict[str, type[Settings]] = {
+    "vision": VisionSettings,
+    "projector": ProjectorSettings,
+    "image": ImageSettings,
+    "aggregator": AggregatorSettings,
+    "sampling": SamplingSettings,
+    "audio": AudioSettings,
+    "sequence": SequenceSettings,
+}
+
+
+class AVLlavaConfig(PreTrainedConfig):
+    """Configuration of :class:`av_llava.AVLlavaForConditionalGeneration`.
+
+    Args:
+        text_config: any causal language model of transformers (config, or dict with model_type).
+        vision_config: a CLIP or SigLIP vision config, or None for a model without eyes.
+        audio_config: a Whisper, BEATs or dual config, or None for a model without ears.
+        vision, projector, image, aggregator, sampling, audio, sequence: the typed parts, as
+            settings objects or as the dicts that ``to_dict`` gives.
+        image_token_id, video_token_id, audio_token_id: ids on the rows of a medium in expanded
+            ids; negative, so that they can never be a vocabulary id.
+        au_token_ids: vocabulary ids of ``<au_start>`` and ``<au_end>``, or None without them.
+    """
+
+    model_type = "av_llava"
+    sub_configs = {  # noqa: RUF012
+        "text_config": AutoConfig,
+        "vision_config": AutoConfig,
+        "audio_config": AutoConfig,
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
+        audio_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vision: VisionSettings | dict[str, Any] | None = None,
+        projector: ProjectorSettings | dict[str, Any] | None = None,
+        image: ImageSettings | dict[str, Any] | None = None,
+        aggregator: AggregatorSettings | dict[str, Any] | None = None,
+        sampling: SamplingSettings | dict[str, Any] | None = None,
+        audio: AudioSettings | dict[str, Any] | None = None,
+        sequence: SequenceSettings | dict[str, Any] | None = None,
+        image_token_id: int = IMAGE_TOKEN_INDEX,
+        video_token_id: int = VIDEO_TOKEN_INDEX,
+        audio_token_id: int = AUDIO_TOKEN_INDEX,
+        au_token_ids: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = _network_config(text_config or {"model_type": "llama"})
+        self.vision_config = _network_config(vision_config)
+        self.audio_config = _network_config(audio_config)
+        given = {
+            "vision": vision,
+            "projector": projector,
+            "image": image,
+            "aggregator": aggregator,
+            "sampling": sampling,
+            "audio": audio,
+            "sequence": sequence,
+        }
+        for name, kind in _PARTS.items():
+            part = given[name]
+            if not isinstance(part, Settings):
+                part = kind.from_dict(part or {})
+            setattr(self, name, part)
+        self.image_token_id = image_token_id
+        self.video_token_id = video_token_id
+        self.audio_token_id = audio_token_id
+        self.au_token_ids = None if au_token_ids is None else tuple(au_token_ids)
+        kwargs.setdefault(
+            "tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False)
+        )
+        super().__init__(**kwargs)
+
+    @property
+    def media_token_ids(self) -> dict[str, int]:
+        """Id on the rows of each kind of medium."""
+        return {
+            "image": self.image_token_id,
+            "video": self.video_token_id,
+            "audio": self.audio_token_id,
+        }
+
+    @property
+    def owned_marks(self) -> tuple[str, ...]:
+        """Names of the learned vectors that the model owns: newline, frame_end."""
+        newline = ("newline",) if self.has_image_newline else ()
+        return newline + (("frame_end",) if self.has_faster_token else ())
+
+    @property
+    def has_image_newline(self) -> bool:
+        """Whether the model owns the learned newline vector."""
+        return "unpad" in self.image.patch_merge_type or "newline" in self.sequence.media_tokens
+
+    @property
+    def has_faster_token(self) -> bool:
+        """Whether the model owns the learned frame-end vector."""
+        return "frame_end" in self.sequence.media_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        out = super().to_dict()
+        for name in _PARTS:
+            out[name] = getattr(self, name).to_dict()
+        return out
+
+    @classmethod
+    def from_llava(
+        cls,
+        data: Mapping[str, Any],
+        vision_config: PreTrainedConfig | None = None,
+        audio_config: PreTrainedConfig | None = None,
+        n_tower_layers: int | None = None,
+    ) -> AVLlavaConfig:
+        """Read a ``config.json`` of the LLaVA family (``model_type`` llava, llava_llama, ...).
+
+        Args:
+            data: the JSON data.
+            vision_config: that of the vision tower, which LLaVA's file only names.
+            audio_config: that of an audio tower, if the model is to have one.
+            n_tower_layers: layers of the vision tower that the checkpoint holds, if it does.
+        """
+        vision = _vision_settings(data, vision_config)
+        if vision_config is not None:
+            vision_config, vision = as_llava_stores_it(vision_config, vision, n_tower_layers)
+        unpad = "unpad" in str(data.get("mm_patch_merge_type") or "flat")
+        faster = data.get("faster_token_stride", 10) if data.get("add_faster_video") else None
+        tokens = (["newline"] if unpad else []) + (["frame_end"] if faster else [])
+        return cls(
+            text_config=_text_config(data),
+            vision_config=vision_config,
+            audio_config=audio_config,
+            vision=vision,
+            projector=ProjectorSettings(kind=data.get("mm_projector_type") or "linear"),
+            image=_image_settings(data),
+            aggregator=_aggregator_settings(data, unpad, faster),
+            sampling=SamplingSettings(time_instruction=bool(data.get("add_time_instruction"))),
+            sequence=SequenceSettings(
+                padding_side=data.get("tokenizer_padding_side") or "right",
+                max_length=data.get("tokenizer_model_max_length"),
+                position_skipping=(
+                    data.get("pos_skipping_range", 4096) if data.get("use_pos_skipping") else None
+                ),
+                media_tokens=tuple(tokens),
+                use_image_start_end=bool(data.get("mm_use_im_start_end")),
+                use_image_patch_token=bool(data.get("mm_use_im_patch_token")),
+            ),
+            tie_word_embeddings=bool(data.get("tie_word_embeddings", False)),
+            dtype=data.get("torch_dtype") or data.get("dtype"),
+        )
+
+
+def is_llava_config(data: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of the LLaVA family's own layout (not transformers')."""
+    return "text_config" not in data and (
+        "mm_vision_tower" in data or "vision_tower" in data or "mm_projector_type" in data
+    )
+
+
+def tower_name(data: Mapping[str, Any]) -> str | None:
+    """The vision tower that a LLaVA ``config.json`` names."""
+    return data.get("mm_vision_tower") or data.get("vision_tower")
+
+
+def _network_config(data: PreTrainedConfig | Mapping[str, Any] | None) -> Any:
+    """Build the configuration of a network from its JSON data."""
+    if data is None or isinstance(data, PreTrainedConfig):
+        return data
+    fields = dict(data)
+    kind = fields.pop("model_type", None)
+    known = _OWN_AUDIO_CONFIGS.get(kind)
+    if known is None:
+        if kind not in CONFIG_MAPPING:
+            raise unknown_name("model_type", kind, CONFIG_MAPPING.keys())
+        known = CONFIG_MAPPING[kind]
+    return known(**fields)
+
+
+def _text_config(data: Mapping[str, Any]) -> PreTrainedConfig:
+    """The language model's configuration inside LLaVA's flat one."""
+    architecture = (data.get("architectures") or [""])[0]
+    kind = next((k for part, k in _LANGUAGE_MODELS if part in architecture), None)
+    if kind is None:
+        suffix = str(data.get("model_type", "")).removeprefix("llava").strip("_")
+        kind = "llama" if suffix in ("", "llama") else {"qwen": "qwen2"}.get(suffix, suffix)
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"The language model of architecture {architecture!r} (model_type "
+            f"{data.get('model_type')!r}) is not known to transformers."
+        )
+    ours = re.compile(r"^(mm_|image_|tune_|freeze_|unfreeze_|use_mm|tokenizer_|vision_tower|s2)")
+    skip = {
+        "model_type",
+        "architectures",
+        "transformers_version",
+        "add_faster_video",
+        "faster_token_stride",
+        "add_time_instruction",
+        "force_sample",
+        "use_pos_skipping",
+        "pos_skipping_range",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "_name_or_path",
+        "auto_map",
+    }
+    fields = {k: v for k, v in data.items() if k not in skip and not ours.match(k)}
+    fields["tie_word_embeddings"] = bool(data.get("tie_word_embeddings", False))
+    return CONFIG_MAPPING[kind](**fields)
+
+
+def _vision_settings(
+    data: Mapping[str, Any], vision_config: PreTrainedConfig | None
+) -> VisionSettings:
+    s2 = bool(data.get("s2"))
+    scales = str(data.get("s2_scales") or "336,672,1008")
+    kind = "clip" if vision_config is None else tower_kind(vision_config, s2)
+    half = (0.5, 0.5, 0.5)
+    siglip = {"image_mean": half, "image_std": half, "resize": "exact"}
+    pixels = siglip if kind.startswith("siglip") else {}
+    return VisionSettings(
+        tower=tower_name(data),
+        kind=kind,
+        select_layer=data.get("mm_vision_select_layer", -2),
+        select_feature=data.get("mm_vision_select_feature") or "patch",
+        s2_scales=tuple(int(s) for s in scales.split(",")) if s2 else (),
+        **pixels,
+    )
+
+
+def _image_settings(data: Mapping[str, Any]) -> ImageSettings:
+    pinpoints = data.get("image_grid_pinpoints") or ()
+    if isinstance(pinpoints, str) and "x" not in pinpoints:
+        pinpoints = ast.literal_eval(pinpoints)
+    if not isinstance(pinpoints, str):
+        pinpoints = tuple((int(w), int(h)) for w, h in pinpoints)
+    return ImageSettings(
+        aspect_ratio=data.get("image_aspect_ratio") or "square",
+        patch_merge_type=data.get("mm_patch_merge_type") or "flat",
+        grid_pinpoints=pinpoints,
+        crop_resolution=data.get("image_crop_resolution"),
+        split_resolution=data.get("image_split_resolution"),
+    )
+
+
+def _aggregator_settings(
+    data: Mapping[str, Any], unpad: bool, faster: int | None
+) -> AggregatorSettings:
+    """LLaVA's pooling keys. A folder without them (1.5, 1.6) pools 2x2, the reference's default."""
+    return settings_for(
+        pool_mode=data.get("mm_spatial_pool_mode") or "average",
+        stride=int(data.get("mm_spatial_pool_stride") or 2),
+        newline_position=data.get("mm_newline_position") or "one_token",
+        faster_stride=faster,
+        unpad=unpad,
+        stage=data.get("mm_spatial_pool_stage") or "post",
+        flat=not str(data.get("mm_patch_merge_type") or "flat").startswith("spatial"),
+    )
