@@ -11,7 +11,6 @@ from transformers import (
 )
 
 from av_llava.audio.configs import BeatsConfig, DualAudioConfig
-from av_llava.checkpoints import names
 from av_llava.config import AVLlavaConfig
 from av_llava.modeling import AVLlavaForConditionalGeneration
 from av_llava.processor import AVLlavaProcessor
@@ -24,7 +23,6 @@ def register() -> None:
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto.register(AVLlavaConfig, AVLlavaForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(AVLlavaConfig, AVLlavaProcessor, exist_ok=True)
-    names.register()
 
 
 register()

@@ -3,7 +3,7 @@
 Contract: ``prepare_inputs`` chooses which encoders run (none, audio, vision) and ends in the one
 splice; towers and projectors see a whole batch at once; nothing names a device. In memory the
 parts are ``model.{vision_tower, mm_projector, audio_tower, mm_audio_projector, media_tokens,
-language_model}`` and ``lm_head``; on disk they have LLaVA's names (``checkpoints/names.py``).
+language_model}`` and ``lm_head``; on disk they have LLaVA's names (``weight_names.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from av_llava import llava_door
+from av_llava import llava_door, weight_names
 from av_llava.aggregators import Aggregator
 from av_llava.aggregators.image_layout import ImagePlan, merge_tiles
 from av_llava.audio.placement import AudioPlan
@@ -31,6 +31,8 @@ from av_llava.planning import MediaPlan, MediaPlanner, TokenPlan
 from av_llava.projectors import build_projector
 from av_llava.splice import splice
 from av_llava.vision import build_vision_tower
+
+weight_names.register()
 
 VISION, AUDIO, NONE = "vision", "audio", "none"
 

@@ -19,7 +19,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from av_llava.checkpoints import names
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.tokenizers import load_tokenizer
 from av_llava.checkpoints.towers import Tower, find_tower, hub_folder, read_tensors
@@ -28,6 +27,7 @@ from av_llava.errors import CheckpointError, UsageError
 from av_llava.images import PixelSpec
 from av_llava.modeling import AVLlavaForConditionalGeneration
 from av_llava.vision import tower_weights
+from av_llava.weight_names import ignored
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,6 @@ def load_checkpoint(
     Raises:
         CheckpointError: the folder cannot be loaded completely.
     """
-    names.register()
     folder = locate(path)
     folder.check_files()
     config, tower = read_config(folder, overwrite_config)
@@ -265,7 +264,7 @@ def fill_vision_tower(model: AVLlavaForConditionalGeneration, tower: Tower) -> s
 
 def _check_report(folder: CheckpointFolder, missing: set[str], report: Mapping[str, Any]) -> None:
     """Turn transformers' loading report into an error when anything is left over."""
-    unexpected = sorted(k for k in report["unexpected_keys"] if not names.ignored(k))
+    unexpected = sorted(k for k in report["unexpected_keys"] if not ignored(k))
     wrong = [
         f"{key}: the file has {tuple(found)}, the model needs {tuple(wanted)}"
         for key, found, wanted in report["mismatched_keys"]

@@ -46,7 +46,7 @@ def ignored(key: str) -> bool:
 
 
 def register() -> None:
-    """Tell transformers the names (idempotent)."""
+    """Tell transformers the names (idempotent); done when the model classes are imported."""
     renames = [WeightRenaming(source, target) for source, target in LLAVA_TO_MEMORY]
     register_checkpoint_conversion_mapping(
         "AVLlavaForConditionalGeneration", renames, overwrite=True

@@ -1,0 +1,137 @@
+"""A tiny model with random weights that runs through the whole path; it knows nothing.
+
+It exists so that the command line and the tests work before and without trained weights. Its
+answers are noise, and everything that shows them says so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+    WhisperConfig,
+)
+
+from av_llava.config import AVLlavaConfig
+from av_llava.modeling import AVLlavaForConditionalGeneration
+from av_llava.processor import AVLlavaProcessor
+from av_llava.settings import (
+    AU_END_TOKEN,
+    AU_START_TOKEN,
+    AggregatorSettings,
+    AudioSettings,
+    ImageSettings,
+    SamplingSettings,
+    SequenceSettings,
+    VisionSettings,
+)
+
+_TEXT = (
+    "You are a helpful assistant. What happens in this video? A red ball moves to the left while "
+    "a bell rings. The video lasts for seconds, and frames are uniformly sampled from it."
+)
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", AU_START_TOKEN, AU_END_TOKEN)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with ChatML's and our own special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[AU_START_TOKEN, AU_END_TOKEN],
+    )
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerFast) -> AVLlavaConfig:
+    """Every part of the architecture, as small as it goes."""
+    text = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=7,
+        vision_use_head=False,
+    )
+    audio = WhisperConfig(
+        d_model=32,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        num_mel_bins=80,
+        max_source_positions=1500,
+        vocab_size=len(tokenizer),
+        decoder_layers=1,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+    )
+    half = (0.5, 0.5, 0.5)
+    return AVLlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        audio_config=audio,
+        vision=VisionSettings(
+            tower="tiny-random",
+            kind="siglip",
+            select_layer=-1,
+            image_mean=half,
+            image_std=half,
+            resize="exact",
+        ),
+        image=ImageSettings(aspect_ratio="pad", patch_merge_type="spatial_unpad"),
+        aggregator=AggregatorSettings(),
+        audio=AudioSettings(tower="tiny-random", projector_hidden_size=64),
+        sampling=SamplingSettings(frames=16),
+        sequence=SequenceSettings(media_tokens=("newline",), template="qwen_1_5"),
+        au_token_ids=[tokenizer.convert_tokens_to_ids(t) for t in (AU_START_TOKEN, AU_END_TOKEN)],
+    )
+
+
+def build_tiny(seed: int = 0) -> tuple[AVLlavaForConditionalGeneration, AVLlavaProcessor]:
+    """Make the model and its processor in memory, the same for the same seed."""
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AVLlavaForConditionalGeneration(config)
+    return model.eval(), AVLlavaProcessor(tokenizer, config)
+
+
+def tiny_random(folder: str | Path, seed: int = 0) -> Path:
+    """Write the tiny model as a checkpoint folder."""
+    model, processor = build_tiny(seed)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Path(folder)

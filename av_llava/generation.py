@@ -1,0 +1,115 @@
+"""Around ``generate``: pieces of text as they come, cancelling, and a guard against overflow."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from av_llava.answers import Answer
+from av_llava.errors import AVLlavaError
+
+Run = Callable[..., Tensor]
+"""Generates with the given hooks; returns new ids [n]."""
+Finish = Callable[[Tensor, bool], Answer]
+"""Makes the answer from new ids and whether it was interrupted."""
+
+
+class AnswerStream:
+    """Pieces of an answer as they come; ``answer`` is set when the iteration has ended."""
+
+    def __init__(self, tokenizer: Any, run: Run, finish: Finish) -> None:
+        self.answer: Answer | None = None
+        self._finish = finish
+        self._cancelled = threading.Event()
+        self._streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+        self._result: dict[str, Any] = {}
+        self._collected = _Collector(self._streamer)
+        self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
+
+    def cancel(self) -> None:
+        """End the answer after the token that is being made."""
+        self._cancelled.set()
+
+    def _run(self, run: Run) -> None:
+        try:
+            with torch.no_grad():
+                self._result["ids"] = run(
+                    streamer=self._collected,
+                    stopping_criteria=StoppingCriteriaList([_Cancelled(self._cancelled)]),
+                )
+        except BaseException as error:  # handed to the thread that iterates
+            self._result["error"] = error
+        finally:
+            self._streamer.end()
+
+    def __iter__(self) -> Iterator[str]:
+        self._thread.start()
+        try:
+            yield from (piece for piece in self._streamer if piece)
+        finally:
+            self.cancel()
+            self._thread.join()
+        if "error" in self._result:
+            raise self._result["error"]
+        self.answer = self._finish(self._result["ids"], self._collected.cut)
+
+
+class _Collector:
+    """Passes new ids to the text streamer; generation with embeddings sends no prompt."""
+
+    def __init__(self, streamer: TextIteratorStreamer) -> None:
+        self.streamer = streamer
+        self.cut = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the next id(s)."""
+        if value.numel():
+            self.streamer.put(value)
+
+    def end(self) -> None:
+        """Do nothing: the thread ends the streamer, also after an error."""
+
+
+class _Cancelled(StoppingCriteria):
+    """Stops when an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = self.event.is_set()
+        return torch.full((input_ids.shape[0],), done, device=input_ids.device)
+
+
+class Finite(LogitsProcessor):
+    """Raises when the model's outputs overflow, instead of answering with noise."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.first = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # bfloat16 and float32 cannot overflow half way through an answer in practice, so that
+        # they are looked at once; float16 is looked at in every step.
+        if (self.first or self.dtype is torch.float16) and bool(scores.isnan().any()):
+            name = str(self.dtype).removeprefix("torch.")
+            raise AVLlavaError(
+                f"The model's outputs are not numbers (it runs in {name}). "
+                + (
+                    "float16 overflows with this model: load it with dtype='bfloat16' or 'float32'."
+                    if self.dtype is torch.float16
+                    else "Its weights or the given pixels and samples hold NaN."
+                )
+            )
+        self.first = False
+        return scores
