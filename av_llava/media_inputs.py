@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from av_llava.audio import load_audio
+from av_llava.audio.resample import load_audio
 from av_llava.chat import MediaPart
 from av_llava.errors import MediaError, UsageError
 from av_llava.geometry import SAMPLE_RATE_HZ
-from av_llava.images import PixelSpec, frame_resizer, image_tiles
-from av_llava.media import MediaInfo, probe, read_frames, read_image, scan_frames
+from av_llava.images import PixelSpec, frame_resizer, frames_to_pixels, image_tiles
+from av_llava.media import FrameBatch, MediaInfo, probe, read_frames, read_image, scan_frames
+from av_llava.sampling import choose_frames
 from av_llava.settings import ImageSettings, SamplingSettings, VisionSettings, check_choice
 
 AUDIO_MODES = ("auto", "on", "off")
@@ -141,21 +142,37 @@ def load_video(
     if decode:
         resize = frame_resizer(spec, vision.video_preprocess)
         batch = read_frames(part.source, options.sampling, resize=resize, **window)
-        frames = torch.from_numpy(batch.frames).permute(0, 3, 1, 2)
     else:
-        batch = scan_frames(part.source, options.sampling, **window)
-        frames = None
+        batch = _planned_frames(part.source, options.sampling, **window)
     sound, reason = _sound_of(part, batch.span_s, options, hears, decode)
     return LoadedVideo(
         source=describe_source(part.source),
         pts_s=tuple(float(t) for t in batch.pts_s),
         duration_s=batch.duration_s,
         n_source_frames=batch.n_source_frames,
-        frames=frames,
+        frames=frames_to_pixels(batch.frames) if decode else None,
         backend=batch.backend,
         sound=sound,
         no_sound=reason,
         warnings=tuple(batch.warnings) + (() if sound is None else sound.warnings),
+    )
+
+
+def _planned_frames(
+    source: Any, sampling: SamplingSettings, start_s: float | None, end_s: float | None
+) -> FrameBatch:
+    """The frames that would be read, without their pixels."""
+    table = scan_frames(source, start_s=start_s, end_s=end_s, source_fps=sampling.source_fps)
+    chosen = choose_frames(table.pts_s, sampling, start_s, end_s, avg_fps=table.avg_fps)
+    return FrameBatch(
+        frames=np.empty((0, 0, 0, 3), np.uint8),
+        pts_s=table.pts_s[chosen],
+        duration_s=table.end_s,
+        source=describe_source(source),
+        backend="none",
+        span_s=(start_s or 0.0, min(end_s or table.end_s, table.end_s)),
+        n_source_frames=len(table),
+        warnings=table.warnings,
     )
 
 
@@ -223,6 +240,12 @@ def load_sound(
         return _array_sound(source, start_s, end_s)
     if not decode:
         return _planned_sound(probe(source), source, start_s, end_s, strict)
+    # The sound ends where the header says, so that plans made from headers are exact; codecs pad
+    # their last frame beyond it.
+    info = probe(source)
+    if info.audio is None and not strict:
+        return None
+    end_s = min((t for t in (end_s, _sound_end(info)) if t is not None), default=None)
     clip = load_audio(source, start_s=start_s, end_s=end_s, max_seconds=max_seconds, strict=strict)
     if clip.status == "none":
         return None
@@ -262,12 +285,22 @@ def _planned_sound(
         if strict:
             raise MediaError(f"{describe_source(source)} has no sound track.")
         return None
-    total = info.audio.duration_s or info.duration_s or 0.0
     begin = start_s or 0.0
-    end = min(total, end_s) if end_s is not None else total
+    end = min(t for t in (end_s, _sound_end(info)) if t is not None)
     seconds = max(0.0, end - begin)
+    if seconds == 0 and not strict:
+        return None
     n_samples = round(seconds * SAMPLE_RATE_HZ)
     return LoadedSound(describe_source(source), n_samples, begin, None, seconds)
+
+
+def _sound_end(info: MediaInfo) -> float | None:
+    """When the sound track ends on the media time line, by its header."""
+    if info.audio is None:
+        return None
+    if info.audio.duration_s is None:
+        return info.duration_s
+    return (info.audio.start_s or 0.0) + info.audio.duration_s
 
 
 def check_audio_mode(audio: Any) -> None:
