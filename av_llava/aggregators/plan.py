@@ -110,7 +110,7 @@ class StreamPlan:
     def boxes(self, height: int, width: int) -> list[tuple[Box, int]]:
         """The patch box of each pooled patch in raster order, and the patches it merges."""
         if self.pool.kind.startswith("raster"):
-            return [_raster_pair(i, width) for i in range(self.cols)]
+            return [_raster_pair(i, height, width) for i in range(self.cols)]
         ys, xs = pool_bins(self.pool, height, width, self.rows, self.cols)
         return [((*y, *x), (y[1] - y[0]) * (x[1] - x[0])) for y in ys for x in xs]
 
@@ -130,11 +130,12 @@ def pool_bins(
     return window_bins(height, pool.stride, rows), window_bins(width, pool.stride, cols)
 
 
-def _raster_pair(index: int, width: int) -> tuple[Box, int]:
+def _raster_pair(index: int, height: int, width: int) -> tuple[Box, int]:
     """The box around patches ``2 index`` and ``2 index + 1`` of the flattened grid."""
-    y, x = divmod(2 * index, width)
-    if x + 1 < width:
-        return (y, y + 1, x, x + 2), 2
+    first, last = 2 * index, min(2 * index + 1, height * width - 1)
+    y, x = divmod(first, width)
+    if last // width == y:
+        return (y, y + 1, x, x + 1 + last - first), 1 + last - first
     return (y, y + 2, 0, width), 2
 
 

@@ -85,10 +85,9 @@ def _bilinear(features: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def _adaptive(features: Tensor, rows: int, cols: int) -> Tensor:
-    # Contiguous, since in float32 the kernel for channels-last sums in another order than that
-    # for the layout that the published code hands in.
-    planes = _channels_first(features).contiguous()
-    return F.adaptive_avg_pool2d(planes, (rows, cols)).permute(0, 2, 3, 1)
+    # A contiguous copy would be bit-equal to the published code in float32 (this differs by
+    # 6e-8), but takes 30 times as long.
+    return F.adaptive_avg_pool2d(_channels_first(features), (rows, cols)).permute(0, 2, 3, 1)
 
 
 def take(features: Tensor, indices: Sequence[int]) -> Tensor:

@@ -108,13 +108,13 @@ _APPLE_STRING = re.compile(r"slowfast-slow_(\d+)frms_(\w+)-fast_(\d+)x(\d+)")
 
 
 def sf_llava(
-    slow: int = 10,
+    slow_frames: int = 10,
     rows: int = 4,
     cols: int = 4,
     pool: str = "spatial_1d_max_pool",
     legacy: bool = False,
 ) -> AggregatorSettings:
-    """SF-LLaVA: ``slow`` evenly spaced frames in pairs, then every frame at rows x cols.
+    """SF-LLaVA: ``slow_frames`` evenly spaced frames in pairs, then every frame at rows x cols.
 
     With ``legacy``, exactly as Apple's code: slow frames repeat when the video has fewer, and fast
     grids larger than the patch grid repeat patches. ``pool="pair_max"`` keeps pairs within rows at
@@ -124,7 +124,9 @@ def sf_llava(
     check_choice("slow pooling", pool, pools)
     return AggregatorSettings(
         layout="slow_then_fast",
-        slow=StreamSettings(SelectSettings("uniform", count=slow, repeat=legacy), pools[pool]),
+        slow=StreamSettings(
+            SelectSettings("uniform", count=slow_frames, repeat=legacy), pools[pool]
+        ),
         fast=StreamSettings(pool=PoolSettings("adaptive", size=(rows, cols), clamp=not legacy)),
         newline="none",
     )

@@ -72,7 +72,11 @@ def _pooled(grid: Tensor, stream: StreamPlan, start: int, stop: int) -> Tensor:
         flat = grid.flatten(0, 2)
         return flat.index_select(0, device_index(index, flat.device))
     lo, hi = (bisect_left(stream.frames, frame) for frame in (start, stop))
-    return pool_grid(take(grid, [f - start for f in stream.frames[lo:hi]]), stream.pool)
+    wanted = [frame - start for frame in stream.frames[lo:hi]]
+    if 2 * len(wanted) > len(grid) and stream.pool.kind != "identity":
+        # Picking frames copies them: pooled ones are cheaper to copy, if most are wanted.
+        return take(pool_grid(grid, stream.pool), wanted)
+    return pool_grid(take(grid, wanted), stream.pool)
 
 
 def _over_time(parts: list[Tensor], stream: StreamPlan) -> Tensor:

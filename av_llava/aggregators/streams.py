@@ -114,12 +114,10 @@ def pooled_grid(pool: PoolSettings, height: int, width: int) -> tuple[int, int]:
     if pool.kind == "adaptive":
         rows, cols = pool.size
         return (min(rows, height), min(cols, width)) if pool.clamp else (rows, cols)
-    if pool.kind.startswith("raster"):
-        if height * width < 2:
-            raise UsageError("A grid of one patch has no pairs to pool.")
-        return 1, height * width // 2
-    if pool.kind.startswith("pair"):
-        mode = pool.kind.removeprefix("pair_")
+    kind, _, mode = pool.kind.partition("_")
+    if kind == "raster":
+        return 1, pooled_side(height * width, 2, mode, pool.tail)
+    if kind == "pair":
         return height, pooled_side(width, 2, mode, pool.tail)
     return (
         pooled_side(height, pool.stride, pool.kind, pool.tail),

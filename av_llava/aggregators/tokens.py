@@ -54,7 +54,7 @@ class Reduced:
 class TokenMeta:
     """Where every token comes from: one-dimensional tensors of length n, on the CPU.
 
-    Also readable as a mapping: ``meta["frame"]``.
+    Columns are also found by name: ``meta["frame"]``.
     """
 
     kind: Tensor
@@ -79,7 +79,7 @@ class TokenMeta:
     """Source patches that are merged into the token; 0 for marks."""
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.keys():
+        if name not in self.names:
             raise KeyError(name)
         tensor: Tensor = getattr(self, name)
         return tensor
@@ -87,13 +87,14 @@ class TokenMeta:
     def __len__(self) -> int:
         return len(self.kind)
 
-    def keys(self) -> tuple[str, ...]:
+    @property
+    def names(self) -> tuple[str, ...]:
         """Names of the columns."""
         return tuple(field.name for field in dataclasses.fields(self))
 
     def to(self, device: torch.device | str) -> TokenMeta:
         """Copy to a device."""
-        return TokenMeta(**{k: self[k].to(device, non_blocking=True) for k in self.keys()})
+        return TokenMeta(**{k: self[k].to(device, non_blocking=True) for k in self.names})
 
 
 @dataclass(frozen=True, eq=False)
