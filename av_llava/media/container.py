@@ -1,0 +1,173 @@
+"""Opening a container with FFmpeg (PyAV) so that it can reach nothing but itself.
+
+Contract: only known demuxers that read one file (`format_whitelist`: no playlists, no image
+patterns, no capture devices) and only the `file` protocol. Streams are picked the way players
+do, cover art aside. Times come out in ticks or seconds after the container's own start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from fractions import Fraction
+
+import av
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.stream import Disposition
+
+from av_llava.errors import MediaError
+from av_llava.media.limits import Deadline, Limits
+from av_llava.media.source import LocalFile
+
+# Demuxers by FFmpeg's names. hls, dash, concat, image2, sdp, lavfi, devices stay out on purpose.
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,live_flv,mpegts,mpeg,mpegvideo,asf,ogg,rm,mxf,"
+    "nut,ivf,obu,gif,apng,h264,hevc,m4v,mjpeg,dv,yuv4mpegpipe,h263,vc1,av1,evc,vvc,"
+    "wav,w64,mp3,flac,aac,aiff,au,caf,amr,amrnb,amrwb,ac3,eac3,dts,ape,wv,tta,opus,voc,loas,latm,"
+    "mp2,qoa,tak,sox"
+)
+# Demuxers whose seeking lands exactly where an index says.
+INDEXED = frozenset({"mov", "mp4", "matroska", "webm"})
+
+_ATTACHED = Disposition.attached_pic | Disposition.timed_thumbnails
+
+
+@contextlib.contextmanager
+def open_container(file: LocalFile, deadline: Deadline) -> Iterator[InputContainer]:
+    """Open a regular file and close it afterwards.
+
+    Raises:
+        MediaError: not media, damaged beyond opening, or a container that is not accepted.
+    """
+    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+    try:
+        # "file:" keeps a name such as "concat:a|b" or "https:x" from being read as a protocol.
+        container = av.open(
+            f"file:{file.path}",
+            mode="r",
+            options=options,
+            metadata_errors="ignore",
+            timeout=deadline.left_s,
+        )
+    except (FFmpegError, OSError, ValueError) as error:
+        raise MediaError(_why_not(file, error)) from error
+    try:
+        yield container
+    finally:
+        container.close()
+
+
+def is_indexed(container: InputContainer) -> bool:
+    """Return whether a seek in this container lands exactly on a packet of its index."""
+    return not INDEXED.isdisjoint(container.format.name.split(","))
+
+
+def video_stream(container: InputContainer) -> av.VideoStream | None:
+    """Return the picture stream that a player shows, or None; cover art does not count."""
+    films = [s for s in container.streams.video if not s.disposition & _ATTACHED]
+    best = container.streams.best("video")
+    for stream in films:
+        if stream is best:
+            return stream
+    return films[0] if films else None
+
+
+def audio_stream(container: InputContainer) -> av.AudioStream | None:
+    """Return the sound stream marked as default, else the first, or None."""
+    tracks = container.streams.audio
+    marked = (s for s in tracks if s.disposition & Disposition.default)
+    return next(marked, tracks[0] if tracks else None)
+
+
+def need_video(container: InputContainer, name: str, limits: Limits) -> av.VideoStream:
+    """Return the picture stream, guarded against pictures of more than ``max_pixels``.
+
+    Raises:
+        MediaError: there is none, it cannot be decoded, or the picture is too large.
+    """
+    stream = video_stream(container)
+    if stream is None:
+        what = "only sound" if container.streams.audio else "no picture"
+        raise MediaError(
+            f"{name!r} has no video stream ({what}). Pass a video, or use it as sound."
+        )
+    context = stream.codec_context
+    if context is None:
+        raise MediaError(f"{name!r}: FFmpeg has no decoder for its video stream.")
+    limits.check(
+        "max_pixels", context.width * context.height, repr(name), "the picture's pixel count"
+    )
+    # The decoder itself refuses larger pictures that come later in the stream.
+    context.options = {"max_pixels": str(limits.max_pixels)}
+    return stream
+
+
+def start_ticks(container: InputContainer, time_base: Fraction) -> int:
+    """Return the container's start in ticks of a stream's clock."""
+    return round(Fraction(container.start_time or 0, 1_000_000) / time_base)
+
+
+def stream_start_s(container: InputContainer, stream: av.stream.Stream) -> float:
+    """Return when a stream begins, in seconds after the container's start."""
+    if stream.start_time is None or stream.time_base is None:
+        return 0.0
+    return float((stream.start_time - start_ticks(container, stream.time_base)) * stream.time_base)
+
+
+def seconds(ticks: int | None, time_base: Fraction | None) -> float | None:
+    """Return ticks of a clock as seconds; None and negative durations stay None."""
+    if ticks is None or time_base is None or ticks < 0:
+        return None
+    return float(ticks * time_base)
+
+
+def container_duration_s(container: InputContainer) -> float | None:
+    """Return the length that the header states, or the longest stream's, in seconds."""
+    if container.duration is not None and container.duration > 0:
+        return container.duration / 1_000_000
+    known = [seconds(s.duration, s.time_base) for s in container.streams]
+    return max((d for d in known if d), default=None)
+
+
+def _why_not(file: LocalFile, error: Exception) -> str:
+    """Say in a sentence why a file could not be opened."""
+    with file.path.open("rb") as handle:
+        head = handle.read(64)
+    if head[4:8] == b"ftyp" and not _has_moov(file):
+        return (
+            f"{file.name!r} has no index (moov box): its recording or copying was cut off, and "
+            f"nothing can decode it. Repair it with the recording device's tool, or copy it again."
+        )
+    if isinstance(error, av.error.ArgumentError):
+        return (
+            f"{file.name!r} is in a container that is not accepted. Convert it to mp4 or mkv, "
+            f"for example: ffmpeg -i INPUT out.mp4"
+        )
+    if isinstance(error, av.error.InvalidDataError):
+        return (
+            f"{file.name!r} is not a media file that can be read (no known container, or a "
+            f"damaged header). Check that it plays elsewhere."
+        )
+    return f"{file.name!r} cannot be opened: {error}."
+
+
+def _has_moov(file: LocalFile) -> bool:
+    """Return whether an mp4 holds its index among the top-level boxes."""
+    size = file.path.stat().st_size
+    with file.path.open("rb") as handle:
+        at = 0
+        for _ in range(1000):
+            handle.seek(at)
+            head = handle.read(16)
+            if len(head) < 8:
+                return False
+            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+            if kind == b"moov":
+                return at + length <= size
+            if length == 1:
+                length = int.from_bytes(head[8:16], "big")
+            if length < 8:
+                return False
+            at += length
+    return False

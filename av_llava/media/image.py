@@ -1,0 +1,91 @@
+"""Still images: one file to an upright RGB picture.
+
+Contract: Pillow, known formats only (no PostScript, no plugins that start programs); EXIF
+orientation applied; a truncated file or a picture above ``max_pixels`` raises `MediaError`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from av_llava.errors import MediaError
+from av_llava.media.limits import DEFAULT_LIMITS, Limits
+from av_llava.media.source import LocalFile, Source, local_file
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+ANIMATED = ("GIF", "WEBP", "PNG")
+
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P4", b"P5", b"P6")
+
+
+def read_image(source: Source, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
+    """Read a still image (the first picture of an animation) as RGB, upright.
+
+    Raises:
+        MediaError: missing, not an image, truncated, or more than ``limits.max_pixels``.
+    """
+    with local_file(source, limits) as file:
+        if file.path.is_dir():
+            raise MediaError(f"{file.name!r} is a folder, not an image.")
+        return load_picture(file, limits)
+
+
+def load_picture(file: LocalFile, limits: Limits) -> Image.Image:
+    """Read a local image file as RGB, upright; see `read_image`."""
+    with open_picture(file, limits) as picture:
+        try:
+            upright = ImageOps.exif_transpose(picture)
+            return to_rgb(upright)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise MediaError(
+                f"{file.name!r} is a damaged or truncated {picture.format} image: {error}."
+            ) from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Return the picture in RGB; 16-bit grey is scaled, not clipped, to 8 bits."""
+    if picture.mode.startswith("I;16"):
+        picture = picture.point(lambda value: value / 256).convert("L")
+    return picture.convert("RGB")
+
+
+def open_picture(file: LocalFile, limits: Limits) -> Image.Image:
+    """Open an image lazily (header only), checked for format and size."""
+    Image.init()  # the formats beyond the commonest are registered only now
+    with warnings.catch_warnings():
+        # our own limit replaces Pillow's, which only warns at first
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            picture = Image.open(file.path, formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise MediaError(f"{file.name!r} is too large a picture: {error}.") from error
+        except (OSError, SyntaxError, ValueError) as error:
+            raise MediaError(
+                f"{file.name!r} is not an image that can be read ({', '.join(FORMATS)})."
+            ) from error
+    try:
+        limits.check(
+            "max_pixels", picture.width * picture.height, repr(file.name), "its pixel count"
+        )
+    except MediaError:
+        picture.close()
+        raise
+    return picture
+
+
+def looks_like_image(path: Path) -> bool:
+    """Return whether a file begins as a picture format does (animations included)."""
+    with path.open("rb") as handle:
+        head = handle.read(16)
+    return head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def animation_frames(picture: Image.Image) -> int:
+    """Return the number of frames of an animation, 1 for a still image."""
+    if picture.format not in ANIMATED:
+        return 1  # pages of a TIFF and the second eye of an MPO are no film
+    return int(getattr(picture, "n_frames", 1))
