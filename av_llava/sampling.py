@@ -83,17 +83,15 @@ def window_indices(
             f"The window starts at {begin:.2f} s, after the last frame at {table[-1]:.2f} s. "
             f"Choose a start before it."
         )
-    if end <= table[0] - slack:
+    first = int(np.searchsorted(table, begin - slack, side="left"))
+    stop = int(np.searchsorted(table, end - slack, side="left"))
+    if stop == 0:
         raise MediaError(
             f"No frame is shown before {end:.2f} s: the picture begins at {table[0]:.2f} s. "
             f"Choose a later end."
         )
-    first = int(np.searchsorted(table, begin - slack, side="left"))
-    stop = int(np.searchsorted(table, end - slack, side="left"))
-    if first >= stop:  # the window lies between two frames: the earlier one is on screen
-        first = max(0, stop - 1)
-        stop = first + 1
-    return first, stop
+    # between two frames, the earlier one is on screen
+    return min(first, stop - 1), stop
 
 
 def check_window(start_s: float | None, end_s: float | None) -> None:
@@ -224,8 +222,9 @@ def _spread(inside: np.ndarray, count: int) -> np.ndarray:
     """Choose ``count`` frames from first to last at equal distances of time."""
     last = len(inside) - 1
     even = np.linspace(inside[0], inside[-1], len(inside))
-    if np.abs(inside - even).max() <= _slack(inside):
-        # A constant rate but for the clock's rounding: numbers are exact where times are not.
+    if np.abs(inside - even).max() <= 2 * _slack(inside):
+        # A constant rate but for the clock's rounding (of a frame, and of the first or last one):
+        # numbers are exact where times are not.
         return np.linspace(0, last, count, dtype=np.int64)
     return shown_at(inside, np.linspace(inside[0], inside[-1], count))
 
