@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from av_llava import modalities
 from av_llava.aggregators import settings_for
 from av_llava.audio.configs import BeatsConfig, DualAudioConfig
 from av_llava.errors import CheckpointError, unknown_name
@@ -75,6 +76,7 @@ class AVLlavaConfig(PreTrainedConfig):
             settings objects or as the dicts that ``to_dict`` gives.
         image_token_id, video_token_id, audio_token_id: ids on the rows of a medium in expanded
             ids; negative, so that they can never be a vocabulary id.
+        extra_modalities: names of registered modalities (``av_llava.modalities``) of the model.
         au_token_ids: vocabulary ids of ``<au_start>`` and ``<au_end>``, or None without them.
     """
 
@@ -102,12 +104,13 @@ class AVLlavaConfig(PreTrainedConfig):
         video_token_id: int = VIDEO_TOKEN_INDEX,
         audio_token_id: int = AUDIO_TOKEN_INDEX,
         au_token_ids: Sequence[int] | None = None,
+        extra_modalities: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         self.text_config = _network_config(text_config or {"model_type": "llama"})
         self.vision_config = _network_config(vision_config)
         self.audio_config = _network_config(audio_config)
-        given = {
+        given: dict[str, Any] = {
             "vision": vision,
             "projector": projector,
             "image": image,
@@ -124,6 +127,7 @@ class AVLlavaConfig(PreTrainedConfig):
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
         self.audio_token_id = audio_token_id
+        self.extra_modalities = tuple(extra_modalities)
         self.au_token_ids = None if au_token_ids is None else tuple(au_token_ids)
         kwargs.setdefault(
             "tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False)
@@ -137,6 +141,7 @@ class AVLlavaConfig(PreTrainedConfig):
             "image": self.image_token_id,
             "video": self.video_token_id,
             "audio": self.audio_token_id,
+            **{name: modalities.token_id(name) for name in self.extra_modalities},
         }
 
     @property
@@ -274,7 +279,7 @@ def _vision_settings(
     scales = str(data.get("s2_scales") or "336,672,1008")
     kind = "clip" if vision_config is None else tower_kind(vision_config, s2)
     half = (0.5, 0.5, 0.5)
-    siglip = {"image_mean": half, "image_std": half, "resize": "exact"}
+    siglip: dict[str, Any] = {"image_mean": half, "image_std": half, "resize": "exact"}
     pixels = siglip if kind.startswith("siglip") else {}
     return VisionSettings(
         tower=tower_name(data),

@@ -99,6 +99,7 @@ class Finite(LogitsProcessor):
         self.first = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Check the logits and pass them on. [K, vocabulary]"""
         # bfloat16 and float32 cannot overflow half way through an answer in practice, so that
         # they are looked at once; float16 is looked at in every step.
         if (self.first or self.dtype is torch.float16) and bool(scores.isnan().any()):

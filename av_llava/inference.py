@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import LogitsProcessorList
 
@@ -65,7 +66,7 @@ class AVLlava:
     @property
     def device(self) -> torch.device:
         """Where the embeddings are."""
-        return self.model.get_input_embeddings().weight.device
+        return self.model.get_input_embeddings().weight.device  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,9 +140,9 @@ class AVLlava:
         room = check_context(self.processor, prepared, options.max_new_tokens)
         return prepared, room
 
-    def on_device(self, prepared: Prepared) -> dict[str, Tensor]:
+    def on_device(self, prepared: Prepared) -> dict[str, Any]:
         """The tensors of a batch where the model is."""
-        return {k: v.to(self.device, non_blocking=True) for k, v in prepared.tensors.items()}
+        return send_to_device(prepared.tensors, self.device, non_blocking=True)
 
     @torch.no_grad()
     def _answer(self, talks: Sequence[Sequence[Message]], options: Options) -> list[Answer]:
@@ -167,7 +168,7 @@ class AVLlava:
         """Run ``generate`` with the options; returns what it returns."""
         stops = [self.processor.template.stop, *options.stop]
         sampled = options.temperature > 0
-        drawing = {"temperature": options.temperature, "top_p": options.top_p} if sampled else {}
+        drawing: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p} if sampled else {}
         with torch.random.fork_rng(enabled=options.seed is not None):
             if options.seed is not None:
                 torch.manual_seed(options.seed)

@@ -186,7 +186,7 @@ class _Slots:
                 f"{len(n_sentinels)} samples, which needs {sum(n_sentinels)} image slots (or "
                 f"{with_dummies} with one dummy for each text-only sample), but {n} were given."
             )
-        if images is None and sum(n_sentinels):
+        if images is None and any(n_sentinels):
             raise UsageError(
                 f"The ids hold {sum(n_sentinels)} image or video placeholders, but no images "
                 f"were given."
@@ -293,8 +293,8 @@ def _parts(
     at, slot = 0, slots.first[sample]
     for cut in np.flatnonzero(row.ids < 0):
         sentinel = int(row.ids[cut])
-        parts.append(_chunk(row, at, cut))
-        at = cut + 1
+        parts.append(_chunk(row, at, int(cut)))
+        at = int(cut) + 1
         if sentinel in _VISUAL:
             parts.append(plans.visual(slot, sentinel))
             slot += 1

@@ -76,6 +76,16 @@ class LoadedSound:
 
 
 @dataclass(frozen=True)
+class LoadedExtra:
+    """One item of a registered modality."""
+
+    kind: str
+    source: str
+    n_tokens: int
+    item: Tensor
+
+
+@dataclass(frozen=True)
 class LoadedVideo:
     """Sampled frames, and the video's own sound."""
 
@@ -138,12 +148,14 @@ def load_video(
     options = options.for_part(part)
     if isinstance(part.source, (np.ndarray, Tensor, list, tuple)):
         return _array_video(part, spec, vision, options, hears)
-    window = {"start_s": options.start_s, "end_s": options.end_s}
+    start_s, end_s = options.start_s, options.end_s
     if decode:
         resize = frame_resizer(spec, vision.video_preprocess)
-        batch = read_frames(part.source, options.sampling, resize=resize, **window)
+        batch = read_frames(
+            part.source, options.sampling, start_s=start_s, end_s=end_s, resize=resize
+        )
     else:
-        batch = _planned_frames(part.source, options.sampling, **window)
+        batch = _planned_frames(part.source, options.sampling, start_s, end_s)
     sound, reason = _sound_of(part, batch.span_s, options, hears, decode)
     return LoadedVideo(
         source=describe_source(part.source),
@@ -192,7 +204,8 @@ def _array_video(
     if options.sampling.frames is not None and len(frames) > options.sampling.frames:
         keep = np.linspace(0, len(frames) - 1, options.sampling.frames).round().astype(int)
     resized = np.stack([resize(frames[i]) for i in keep])
-    sound, reason = None, "frames without sound"
+    sound: LoadedSound | None = None
+    reason: str | None = "frames without sound"
     if not isinstance(options.audio, str) or options.audio not in ("auto", "off"):
         sound, reason = _sound_of(part, (0.0, len(frames) / fps), options, hears, True)
     return LoadedVideo(

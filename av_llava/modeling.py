@@ -19,7 +19,7 @@ from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from av_llava import llava_door, weight_names
+from av_llava import llava_door, modalities, weight_names
 from av_llava.aggregators import Aggregator
 from av_llava.aggregators.image_layout import ImagePlan, merge_tiles
 from av_llava.audio.placement import AudioPlan
@@ -89,8 +89,6 @@ class AVLlavaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MediaTokens):
             module.reset_parameters()
-        elif hasattr(module, "init_own_weights"):
-            module.init_own_weights()
         else:
             super()._init_weights(module)
 
@@ -101,8 +99,10 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
     def __init__(self, config: AVLlavaConfig) -> None:
         super().__init__(config)
         width = config.text_config.hidden_size
-        self.vision_tower = self.mm_projector = None
-        self.audio_tower = self.mm_audio_projector = None
+        self.vision_tower: Any = None
+        self.mm_projector: Any = None
+        self.audio_tower: Any = None
+        self.mm_audio_projector: Any = None
         if config.vision_config is not None:
             self.vision_tower = build_vision_tower(config.vision_config, config.vision)
             self.mm_projector = build_projector(
@@ -114,7 +114,10 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
                 config.audio, self.audio_tower.hidden_size, width
             )
         self.media_tokens = MediaTokens(width, config.has_image_newline, config.has_faster_token)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.modalities = nn.ModuleDict(
+            {name: modalities.get(name).build(width) for name in config.extra_modalities}
+        )
+        self.language_model: Any = AutoModel.from_config(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -226,6 +229,7 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         pixel_values_videos: Tensor | Sequence[Tensor] | None = None,
         input_features: Any = None,
+        modality_inputs: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> Tensor:
         """Encode what the batch holds and splice it into the text embeddings. [B, L, D]
 
@@ -248,6 +252,8 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
             features["audio"] = self.get_audio_features(
                 _given(input_features, "input_features", "sound"), media.audios
             ).pooler_output
+        for name, items in (modality_inputs or {}).items():
+            features[name] = self.modalities[name](list(items))
         if self.training:
             features |= self._absent(features)
         return splice(self.get_input_embeddings(), media.splice, features)
@@ -292,12 +298,13 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         pixel_values_videos: Tensor | Sequence[Tensor] | None = None,
         input_features: Any = None,
+        modality_inputs: Mapping[str, Sequence[Tensor]] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the headless language model; media are spliced in when a plan is given."""
         if inputs_embeds is None and media is not None:
             inputs_embeds = self.prepare_inputs(
-                media, pixel_values, pixel_values_videos, input_features
+                media, pixel_values, pixel_values_videos, input_features, modality_inputs
             )
             input_ids = None
             if attention_mask is None:
@@ -322,7 +329,7 @@ class AVLlavaForConditionalGeneration(AVLlavaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = AVLlavaModel(config)
         text = config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -398,6 +405,7 @@ class AVLlavaForConditionalGeneration(AVLlavaPreTrainedModel, GenerationMixin):
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         pixel_values_videos: Tensor | Sequence[Tensor] | None = None,
         input_features: Any = None,
+        modality_inputs: Mapping[str, Sequence[Tensor]] | None = None,
         images: Any = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         modalities: str | Sequence[str] = ("image",),
@@ -412,7 +420,8 @@ class AVLlavaForConditionalGeneration(AVLlavaPreTrainedModel, GenerationMixin):
         ``pixel_values``, ``pixel_values_videos``, ``input_features``), or LLaVA's way (``images``,
         ``image_sizes``, ``modalities``, ``audios``, with sentinels in ``input_ids``).
         """
-        if inputs_embeds is None and (images is not None or audios is not None):
+        given = images is not None or audios is not None
+        if input_ids is not None and inputs_embeds is None and given:
             doored = self.prepare_inputs_labels_for_multimodal(
                 input_ids,
                 position_ids,
@@ -439,6 +448,7 @@ class AVLlavaForConditionalGeneration(AVLlavaPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos,
             input_features=input_features,
+            modality_inputs=modality_inputs,
             **{k: v for k, v in kwargs.items() if k != "num_items_in_batch"},
         )
         hidden = out.last_hidden_state
@@ -474,6 +484,7 @@ class AVLlavaForConditionalGeneration(AVLlavaPreTrainedModel, GenerationMixin):
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         pixel_values_videos: Tensor | Sequence[Tensor] | None = None,
         input_features: Any = None,
+        modality_inputs: Mapping[str, Sequence[Tensor]] | None = None,
         images: Any = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         modalities: str | Sequence[str] = ("image",),

@@ -7,7 +7,7 @@ The processor, the LLaVA-compatible door, ``--show-plan`` and batching by length
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -140,6 +140,7 @@ class MediaPlanner:
         images: Sequence[ImagePlan] = (),
         videos: Sequence[TokenPlan] = (),
         audios: Sequence[AudioPlan] = (),
+        extras: Mapping[str, Sequence[int]] | None = None,
         padding_side: str = "right",
         supervised: bool = False,
         max_length: int | None = None,
@@ -149,18 +150,20 @@ class MediaPlanner:
         Args:
             samples: for each sample its text chunks and media in prompt order.
             images, videos, audios: the plans of all media of the batch.
+            extras: tokens of each item of registered modalities, by name.
             padding_side: of the batch.
             supervised: whether the text chunks carry labels.
             max_length: see :meth:`SplicePlan.truncated`.
         """
-        plans = {"image": images, "video": videos, "audio": audios}
+        plans: dict[str, Sequence[Any]] = {"image": images, "video": videos, "audio": audios}
+        counts = {name: list(n) for name, n in (extras or {}).items()}
         rows = [
-            [segment for part in parts for segment in self._segments(part, plans)]
+            [segment for part in parts for segment in self._segments(part, plans, counts)]
             for parts in samples
         ]
         splice = SplicePlan.build(
             rows,
-            {kind: [p.n_tokens for p in items] for kind, items in plans.items() if items},
+            {**{k: [p.n_tokens for p in items] for k, items in plans.items() if items}, **counts},
             supervised=supervised,
             padding_side=padding_side,
         )
@@ -169,11 +172,16 @@ class MediaPlanner:
         return MediaPlan(splice, self.aggregator, tuple(images), tuple(videos), tuple(audios))
 
     def _segments(
-        self, part: TextChunk | MediumRef, plans: dict[str, Sequence[Any]]
+        self,
+        part: TextChunk | MediumRef,
+        plans: dict[str, Sequence[Any]],
+        extras: dict[str, list[int]],
     ) -> list[Segment | tuple[np.ndarray, np.ndarray | None]]:
         """The rows of one part of a prompt, with start and end tokens around sound."""
         if isinstance(part, TextChunk):
             return [part]
+        if part.kind in extras:
+            return [Segment(part.kind, part.item, 0, extras[part.kind][part.item])]
         n_rows = plans[part.kind][part.item].n_tokens
         own = Segment(part.kind, part.item, 0, n_rows)
         if part.kind == "audio":

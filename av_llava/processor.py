@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from av_llava import modalities
+from av_llava.aggregators import TokenPlan
+from av_llava.aggregators.image_layout import ImagePlan
 from av_llava.answers import MediumUse, Usage
+from av_llava.audio.placement import AudioPlan
 from av_llava.audio.towers import build_feature_extractor, clip_features
 from av_llava.chat import (
     ChatTemplate,
@@ -38,11 +41,13 @@ from av_llava.errors import UsageError, unknown_name
 from av_llava.geometry import SAMPLE_RATE_HZ
 from av_llava.images import ImageProcessor, PixelSpec
 from av_llava.media_inputs import (
+    LoadedExtra,
     LoadedImage,
     LoadedSound,
     LoadedVideo,
     MediaOptions,
     check_audio_mode,
+    describe_source,
     load_image,
     load_sound,
     load_video,
@@ -51,6 +56,7 @@ from av_llava.planning import MediaPlan, MediaPlanner, MediumRef, TextChunk
 from av_llava.sampling import time_instruction
 from av_llava.settings import SamplingSettings
 
+Loaded = LoadedImage | LoadedVideo | LoadedSound | LoadedExtra
 IM_START, IM_END = "<im_start>", "<im_end>"
 
 
@@ -59,7 +65,7 @@ class Prepared:
     """A batch on the host: its plan, its tensors, and an account of its media."""
 
     media: MediaPlan
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     used: list[list[MediumUse]]
     messages: list[list[Message]]
     """What was rendered, time instructions included."""
@@ -310,7 +316,10 @@ class _Batch:
         self.images: list[LoadedImage] = []
         self.videos: list[LoadedVideo] = []
         self.sounds: list[LoadedSound] = []
-        self.plans: dict[str, list[Any]] = {"images": [], "videos": [], "audios": []}
+        self.image_plans: list[ImagePlan] = []
+        self.video_plans: list[TokenPlan] = []
+        self.audio_plans: list[AudioPlan] = []
+        self.extras: dict[str, list[LoadedExtra]] = {}
         self.used: list[list[MediumUse]] = []
         self.messages: list[list[Message]] = []
         self.texts: list[str] = []
@@ -347,14 +356,19 @@ class _Batch:
         self.texts.append(prompt)
         self._lay(ids, None, self._load(parts))
 
-    def _load(self, parts: Sequence[MediaPart]) -> list[LoadedImage | LoadedVideo | LoadedSound]:
+    def _load(self, parts: Sequence[MediaPart]) -> list[Loaded]:
         n_images = sum(p.kind == "image" for p in parts)
         return [self._open(p, n_images) for p in parts]
 
-    def _open(self, part: MediaPart, n_images: int) -> LoadedImage | LoadedVideo | LoadedSound:
+    def _open(self, part: MediaPart, n_images: int) -> Loaded:
         config, decode = self.processor.config, self.decode
         if part.source is None:
             raise UsageError(f"The prompt has an {part.token} without a source.")
+        if part.kind in config.extra_modalities:
+            modality = modalities.get(part.kind)
+            item = modality.preprocess(part.source)
+            source = describe_source(part.source)
+            return LoadedExtra(part.kind, source, modality.n_tokens(item), item)
         if part.kind == "image":
             return load_image(
                 part, self.processor.pixels, config.image, n_images=n_images, decode=decode
@@ -405,29 +419,34 @@ class _Batch:
         for cut, item in zip(cuts, loaded, strict=True):
             parts.append(TextChunk(row[at:cut], None if marks is None else marks[at:cut]))
             parts.append(self._register(item))
-            at = cut + 1
+            at = int(cut) + 1
         parts.append(TextChunk(row[at:], None if marks is None else marks[at:]))
         self.samples.append(parts)
 
-    def _register(self, item: LoadedImage | LoadedVideo | LoadedSound) -> MediumRef:
+    def _register(self, item: Loaded) -> MediumRef:
         """Plan one medium and write down its use."""
         if isinstance(item, LoadedImage):
             plan = self.planner.image(item.size, item.n_tiles, n_images=item.n_images)
             self.images.append(item)
-            self.plans["images"].append(plan)
+            self.image_plans.append(plan)
             use = MediumUse("image", item.source, plan.n_tokens, size=item.size)
             ref = MediumRef("image", len(self.images) - 1)
+        elif isinstance(item, LoadedExtra):
+            items = self.extras.setdefault(item.kind, [])
+            items.append(item)
+            use = MediumUse(item.kind, item.source, item.n_tokens)
+            ref = MediumRef(item.kind, len(items) - 1)
         elif isinstance(item, LoadedSound):
             ref = MediumRef("audio", self._sound(item))
-            plan = self.plans["audios"][ref.item]
+            heard = self.audio_plans[ref.item]
             use = MediumUse(
                 "audio",
                 item.source,
                 0,
                 duration_s=item.duration_s,
                 audio_s=item.n_samples / SAMPLE_RATE_HZ,
-                audio_tokens=plan.n_tokens,
-                warnings=item.warnings,
+                audio_tokens=heard.n_tokens,
+                warnings=(*item.warnings, *heard.notes),
             )
         else:
             ref, use = self._video(item)
@@ -437,7 +456,7 @@ class _Batch:
     def _video(self, item: LoadedVideo) -> tuple[MediumRef, MediumUse]:
         plan = self.planner.video(len(item.pts_s), item.pts_s)
         self.videos.append(item)
-        self.plans["videos"].append(plan)
+        self.video_plans.append(plan)
         sound = None if item.sound is None else self._sound(item.sound)
         use = MediumUse(
             "video",
@@ -448,7 +467,7 @@ class _Batch:
             duration_s=item.duration_s,
             backend=item.backend,
             audio_s=0.0 if item.sound is None else item.sound.n_samples / SAMPLE_RATE_HZ,
-            audio_tokens=0 if sound is None else self.plans["audios"][sound].n_tokens,
+            audio_tokens=0 if sound is None else self.audio_plans[sound].n_tokens,
             audio_reason=item.no_sound,
             warnings=item.warnings,
         )
@@ -456,25 +475,43 @@ class _Batch:
 
     def _sound(self, item: LoadedSound) -> int:
         self.sounds.append(item)
-        self.plans["audios"].append(self.planner.audio(item.n_samples, item.start_s))
+        self.audio_plans.append(self.planner.audio(item.n_samples, item.start_s))
         return len(self.sounds) - 1
 
     def finish(self, padding_side: str, supervised: bool) -> Prepared:
         """Lay the batch out and join its tensors."""
         media = self.planner.batch(
-            self.samples, **self.plans, padding_side=padding_side, supervised=supervised
+            self.samples,
+            images=self.image_plans,
+            videos=self.video_plans,
+            audios=self.audio_plans,
+            extras={kind: [e.n_tokens for e in items] for kind, items in self.extras.items()},
+            padding_side=padding_side,
+            supervised=supervised,
         )
-        tensors: dict[str, Tensor] = {}
-        if self.decode and self.images:
-            tensors["pixel_values"] = torch.cat([i.tiles for i in self.images])
-        if self.decode and self.videos:
-            tensors["pixel_values_videos"] = torch.cat([v.frames for v in self.videos])
-        if self.decode and self.sounds:
+        tensors = self._tensors() if self.decode else {}
+        return Prepared(media, tensors, self.used, self.messages, self.texts)
+
+    def _tensors(self) -> dict[str, Any]:
+        """What the encoders take, for the whole batch."""
+        tensors: dict[str, Any] = {}
+        tiles = [i.tiles for i in self.images if i.tiles is not None]
+        frames = [v.frames for v in self.videos if v.frames is not None]
+        waveforms = [s.waveform for s in self.sounds if s.waveform is not None]
+        if tiles:
+            tensors["pixel_values"] = torch.cat(tiles)
+        if frames:
+            tensors["pixel_values_videos"] = torch.cat(frames) if len(frames) > 1 else frames[0]
+        if waveforms:
             config = self.processor.config
             extractor = build_feature_extractor(config.audio_config, config.audio)
-            waveforms = [s.waveform for s in self.sounds]
-            tensors["input_features"] = clip_features(extractor, waveforms, media.audios).features
-        return Prepared(media, tensors, self.used, self.messages, self.texts)
+            features = clip_features(extractor, waveforms, self.audio_plans)
+            tensors["input_features"] = features.features
+        if self.extras:
+            tensors["modality_inputs"] = {
+                kind: [e.item for e in items] for kind, items in self.extras.items()
+            }
+        return tensors
 
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")

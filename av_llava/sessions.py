@@ -143,10 +143,10 @@ class Session:
     def _slides(self, n_more: int) -> bool:
         """Whether some layer's window is shorter than prefix and question."""
         text = self.owner.model.config.text_config
-        window = getattr(text, "sliding_window", None)
+        window: Any = getattr(text, "sliding_window", None)
         kinds = getattr(text, "layer_types", None)
         sliding = window is not None and (kinds is None or "sliding_attention" in kinds)
-        return sliding and window < self.n_prefix + n_more
+        return bool(sliding and window < self.n_prefix + n_more)
 
     @torch.no_grad()
     def _answer(self, suffixes: list[list[int]], options: Options) -> list[Answer]:

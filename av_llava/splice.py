@@ -301,19 +301,19 @@ def _split_at_sentinels(
     for cut, (kind, item) in zip(cuts, items, strict=True):
         parts.append((ids[at:cut], None if labels is None else labels[at:cut]))
         parts.append(Segment(kind, item, 0, counts[kind][item]))
-        at = cut + 1
+        at = int(cut) + 1
     parts.append((ids[at:], None if labels is None else labels[at:]))
     return parts
 
 
 class _Copy(NamedTuple):
-    """Copy ``count`` runs of ``n`` rows from ``src`` (contiguous) to every ``stride`` rows."""
+    """Copy ``n_runs`` runs of ``n`` rows from ``src`` (contiguous) to every ``stride`` rows."""
 
     source: int
     src: int
     dst: int
     n: int
-    count: int
+    n_runs: int
     stride: int
 
 
@@ -328,7 +328,7 @@ def _copies(plan: SplicePlan, index: Mapping[tuple[str, int], int]) -> list[_Cop
             runs = by_source.setdefault(source, [])
             last = runs[-1] if runs else None
             if last is not None and _continues(last, s, at):
-                runs[-1] = last._replace(count=last.count + 1, stride=at - _last_start(last))
+                runs[-1] = last._replace(n_runs=last.n_runs + 1, stride=at - _last_start(last))
             else:
                 runs.append(_Copy(source, s.lo, at, s.n_rows, 1, 0))
             at += s.n_rows
@@ -336,29 +336,31 @@ def _copies(plan: SplicePlan, index: Mapping[tuple[str, int], int]) -> list[_Cop
 
 
 def _last_start(copy: _Copy) -> int:
-    return copy.dst + (copy.count - 1) * copy.stride
+    return copy.dst + (copy.n_runs - 1) * copy.stride
 
 
 def _continues(last: _Copy, segment: Segment, at: int) -> bool:
     """Whether ``segment`` placed at row ``at`` extends the run ``last``."""
-    if segment.n_rows != last.n or segment.lo != last.src + last.count * last.n:
+    if segment.n_rows != last.n or segment.lo != last.src + last.n_runs * last.n:
         return False
-    return last.count == 1 or at - _last_start(last) == last.stride
+    return last.n_runs == 1 or at - _last_start(last) == last.stride
 
 
 def _dst_view(buffer: Tensor, c: _Copy) -> Tensor:
-    """The rows of ``buffer`` [B*L, D] that a copy fills, as [count, n, D] or [n, D]."""
-    if c.count == 1:
+    """The rows of ``buffer`` [B*L, D] that a copy fills, as [n_runs, n, D] or [n, D]."""
+    if c.n_runs == 1:
         return buffer[c.dst : c.dst + c.n]
     width = buffer.shape[1]
     return buffer.as_strided(
-        (c.count, c.n, width), (c.stride * width, width, 1), buffer.storage_offset() + c.dst * width
+        (c.n_runs, c.n, width),
+        (c.stride * width, width, 1),
+        buffer.storage_offset() + c.dst * width,
     )
 
 
 def _src_view(source: Tensor, c: _Copy) -> Tensor:
-    rows = source[c.src : c.src + c.n * c.count]
-    return rows if c.count == 1 else rows.unflatten(0, (c.count, c.n))
+    rows = source[c.src : c.src + c.n * c.n_runs]
+    return rows if c.n_runs == 1 else rows.unflatten(0, (c.n_runs, c.n))
 
 
 class _Layout:
@@ -374,7 +376,7 @@ class _Layout:
     def destination(self, source: int, device: torch.device) -> Tensor:
         """Output row of each row of a source, as one device tensor. [N]"""
         rows = [
-            np.arange(c.n)[None, :] + (c.dst + np.arange(c.count)[:, None] * c.stride)
+            np.arange(c.n)[None, :] + (c.dst + np.arange(c.n_runs)[:, None] * c.stride)
             for c in self.by_source[source]
         ]
         host = torch.from_numpy(np.concatenate([r.reshape(-1) for r in rows]))
@@ -383,7 +385,7 @@ class _Layout:
     def sources(self, source: int) -> np.ndarray:
         """Row of the source for each row of :meth:`destination`. [N]"""
         return np.concatenate(
-            [np.arange(c.src, c.src + c.n * c.count) for c in self.by_source[source]]
+            [np.arange(c.src, c.src + c.n * c.n_runs) for c in self.by_source[source]]
         )
 
 
@@ -411,7 +413,7 @@ class _Splice(torch.autograd.Function):
             copies = layout.by_source[i]
             if _indexed(out, copies):
                 rows = source.to(out) if source.dtype != out.dtype else source
-                if len(rows) != sum(c.n * c.count for c in copies):
+                if len(rows) != sum(c.n * c.n_runs for c in copies):
                     rows = rows[_upload(torch.from_numpy(layout.sources(i)), out.device)]
                 out.index_copy_(0, layout.destination(i, out.device), rows)
             else:
@@ -443,8 +445,8 @@ def _gathered(
 ) -> Tensor:
     """Gradient of one source: the rows of ``grad`` [B*L, D] that it filled."""
     copies = layout.by_source[source]
-    used = sum(c.n * c.count for c in copies)
-    if len(copies) == 1 and used == shape[0] and copies[0].count == 1:
+    used = sum(c.n * c.n_runs for c in copies)
+    if len(copies) == 1 and used == shape[0] and copies[0].n_runs == 1:
         return _dst_view(grad, copies[0]).to(device, dtype, non_blocking=True)
     if used == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -459,7 +461,7 @@ def _gathered(
 
 def _ascending(copies: list[_Copy]) -> bool:
     """Whether the copies take the source's rows in order from the first to the last."""
-    return copies[0].src == 0 and all(a.src + a.n * a.count == b.src for a, b in pairwise(copies))
+    return copies[0].src == 0 and all(a.src + a.n * a.n_runs == b.src for a, b in pairwise(copies))
 
 
 def _zero_padding(out: Tensor, plan: SplicePlan) -> None:

@@ -65,15 +65,15 @@ def find_tower(name: str, checkpoint: Path, *, weights: bool) -> Tower:
         logger.info("Tower %s: using its built-in configuration.", name)
         config = vision_config_from(published["vision_config"])
         return Tower(name, None, config, published["preprocessor_config"])
-    folder = hub_folder(name)
-    if folder is None:
+    fetched = hub_folder(name)
+    if fetched is None:
         places = ", ".join(str(p) for p in looked)
         raise CheckpointError(
             f"The tower {name!r} was not found. Looked in: {places}, and on the hub. Put its "
             f"folder beside the checkpoint, or connect to the hub once to fetch it."
         )
-    logger.info("Tower %s: using %s from the hub.", name, folder)
-    return _read(name, folder)
+    logger.info("Tower %s: using %s from the hub.", name, fetched)
+    return _read(name, fetched)
 
 
 def hub_folder(name: str) -> Path | None:
