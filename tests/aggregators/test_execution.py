@@ -70,16 +70,16 @@ def test_frozen_inputs_get_no_gradient() -> None:
 
 
 def test_mark_gradients_are_summed_in_float32() -> None:
-    """1000 rows of 1.0 would sum to 256 in bfloat16."""
+    """1001 rows of 1.0 sum to 256 in bfloat16, and to 1000 if only the sum is rounded."""
     aggregator = build("frame_newline:stride=1")
-    plan = aggregator.plan(1000, 1, 1)
+    plan = aggregator.plan(1001, 1, 1)
     newline = torch.zeros(2, requires_grad=True)
-    features = torch.zeros(1000, 1, 1, 2, dtype=torch.bfloat16)
+    features = torch.zeros(1001, 1, 1, 2, dtype=torch.bfloat16)
     out = aggregator(features, plan, {"newline": newline}).tokens
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert newline.grad.dtype == torch.float32
-    assert newline.grad.tolist() == [1000.0, 1000.0]
+    assert newline.grad.tolist() == [1001.0, 1001.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
