@@ -19,11 +19,13 @@ from av.error import FFmpegError
 from av_llava.errors import MediaError
 from av_llava.media.container import (
     audio_stream,
+    clock,
     container_duration_s,
     is_indexed,
+    only,
     open_container,
-    seconds,
     start_ticks,
+    stream_duration_s,
     stream_start_s,
 )
 from av_llava.media.downmix import to_mono
@@ -204,8 +206,8 @@ def _stated_end_s(container: InputContainer, stream: av.AudioStream) -> float | 
     """Return when the sound ends by the header, where headers of that kind are exact."""
     if _EXACT_HEADERS.isdisjoint(container.format.name.split(",")):
         return None
-    length_s = seconds(stream.duration, stream.time_base)
-    return None if length_s is None else stream_start_s(container, stream) + length_s
+    length_s = stream_duration_s(stream)
+    return None if length_s is None else stream_start_s(stream) + length_s
 
 
 class _Decoder:
@@ -215,9 +217,9 @@ class _Decoder:
         self, container: InputContainer, stream: av.AudioStream, deadline: Deadline
     ) -> None:
         self.container, self.stream, self.deadline = container, stream, deadline
-        assert stream.time_base is not None
-        self.time_base: Fraction = stream.time_base
-        self.origin = start_ticks(container, stream.time_base)
+        self.time_base = clock(stream)
+        self.origin = start_ticks(stream)
+        only(stream)
         self._source = container.demux(stream)
         self.errors = 0
         self.last_error = ""
@@ -293,8 +295,9 @@ class _Decoder:
     def _time_s(self, frame: av.AudioFrame) -> float | None:
         if frame.pts is None:
             return None
-        base = frame.time_base or self.time_base
-        return float(frame.pts * base - self.origin * self.time_base)
+        base = frame.time_base
+        tick = Fraction(base.numerator, base.denominator) if base else self.time_base
+        return float(frame.pts * tick - self.origin * self.time_base)
 
     def _converted(self, frame: av.AudioFrame, rate: int) -> list[av.AudioFrame]:
         """Bring a frame of another rate to the track's first rate (rare: broadcasts do this)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import av
 from av.container import InputContainer
@@ -30,6 +31,12 @@ CONTAINERS = (
 # Demuxers whose seeking lands exactly where an index says.
 INDEXED = frozenset({"mov", "mp4", "matroska", "webm"})
 
+# Both came and went with PyAV's versions: 17.1 brought one, 19 drops the other.
+_CAN_DISCARD = hasattr(av.stream.Stream, "discard")
+_TOLERATE_TAGS: dict[str, Any] = (
+    {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
+
 _ATTACHED = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
@@ -47,8 +54,8 @@ def open_container(file: LocalFile, deadline: Deadline) -> Iterator[InputContain
             f"file:{file.path}",
             mode="r",
             options=options,
-            metadata_errors="ignore",
             timeout=deadline.left_s,
+            **_TOLERATE_TAGS,
         )
     except (FFmpegError, OSError, ValueError) as error:
         raise MediaError(_why_not(file, error)) from error
@@ -103,30 +110,47 @@ def need_video(container: InputContainer, name: str, limits: Limits) -> av.Video
     return stream
 
 
-def start_ticks(container: InputContainer, time_base: Fraction) -> int:
-    """Return the container's start in ticks of a stream's clock."""
-    return round(Fraction(container.start_time or 0, 1_000_000) / time_base)
+def only(stream: av.stream.Stream) -> None:
+    """Let the demuxer skip all other streams, so that their bytes need not be read."""
+    if not _CAN_DISCARD:
+        return
+    for other in stream.container.streams:
+        other.discard = av.stream.Discard.default if other is stream else av.stream.Discard.all
 
 
-def stream_start_s(container: InputContainer, stream: av.stream.Stream) -> float:
+def clock(stream: av.stream.Stream) -> Fraction:
+    """Return the length of a tick of the stream's clock in seconds."""
+    base = stream.time_base
+    if not base:
+        return Fraction(1, 90_000)
+    return Fraction(base.numerator, base.denominator)
+
+
+def start_ticks(stream: av.stream.Stream) -> int:
+    """Return the container's start in ticks of the stream's clock."""
+    assert isinstance(stream.container, InputContainer)
+    return round(Fraction(stream.container.start_time or 0, 1_000_000) / clock(stream))
+
+
+def stream_start_s(stream: av.stream.Stream) -> float:
     """Return when a stream begins, in seconds after the container's start."""
-    if stream.start_time is None or stream.time_base is None:
+    if stream.start_time is None:
         return 0.0
-    return float((stream.start_time - start_ticks(container, stream.time_base)) * stream.time_base)
+    return float((stream.start_time - start_ticks(stream)) * clock(stream))
 
 
-def seconds(ticks: int | None, time_base: Fraction | None) -> float | None:
-    """Return ticks of a clock as seconds; None and negative durations stay None."""
-    if ticks is None or time_base is None or ticks < 0:
+def stream_duration_s(stream: av.stream.Stream) -> float | None:
+    """Return a stream's length as its header states it, in seconds."""
+    if stream.duration is None or stream.duration < 0:
         return None
-    return float(ticks * time_base)
+    return float(stream.duration * clock(stream))
 
 
 def container_duration_s(container: InputContainer) -> float | None:
     """Return the length that the header states, or the longest stream's, in seconds."""
     if container.duration is not None and container.duration > 0:
         return container.duration / 1_000_000
-    known = [seconds(s.duration, s.time_base) for s in container.streams]
+    known = [stream_duration_s(s) for s in container.streams]
     return max((d for d in known if d), default=None)
 
 

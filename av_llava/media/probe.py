@@ -15,7 +15,7 @@ from av_llava.media.container import (
     container_duration_s,
     need_video,
     open_container,
-    seconds,
+    stream_duration_s,
     stream_start_s,
     video_stream,
 )
@@ -99,9 +99,9 @@ def _video_info(
         height=height,
         rotation=rotation,
         avg_fps=float(stream.average_rate) if stream.average_rate else None,
-        duration_s=seconds(stream.duration, stream.time_base),
+        duration_s=stream_duration_s(stream),
         n_frames=stream.frames or None,
-        start_s=stream_start_s(container, stream),
+        start_s=stream_start_s(stream),
     )
 
 
@@ -121,8 +121,8 @@ def _audio_info(container: av.container.InputContainer, stream: av.AudioStream) 
         rate_hz=stream.codec_context.sample_rate,
         channels=stream.codec_context.channels,
         layout=stream.codec_context.layout.name,
-        duration_s=seconds(stream.duration, stream.time_base),
-        start_s=stream_start_s(container, stream),
+        duration_s=stream_duration_s(stream),
+        start_s=stream_start_s(stream),
     )
 
 

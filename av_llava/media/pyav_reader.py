@@ -19,7 +19,7 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 
-from av_llava.media.container import is_indexed, need_video, open_container
+from av_llava.media.container import is_indexed, need_video, only, open_container
 from av_llava.media.limits import Deadline, Limits
 from av_llava.media.source import LocalFile
 from av_llava.media.table import NO_TIME, FrameTable
@@ -151,6 +151,7 @@ class PyAVReader:
             return  # the attempt before has already begun at the start
         with open_container(self.file, self.deadline) as container:
             stream = need_video(container, self.file.name, self.limits)
+            only(stream)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = self.threads
             packets = _Packets(container, stream, self.table, self.deadline, attempt.short_cuts)

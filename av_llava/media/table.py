@@ -19,12 +19,14 @@ from av.error import FFmpegError
 
 from av_llava.errors import MediaError
 from av_llava.media.container import (
+    clock,
     container_duration_s,
     is_indexed,
     need_video,
+    only,
     open_container,
-    seconds,
     start_ticks,
+    stream_duration_s,
 )
 from av_llava.media.limits import Deadline, Limits
 from av_llava.media.source import LocalFile
@@ -138,17 +140,17 @@ def _scan(
     end_s: float | None,
 ) -> FrameTable | None:
     """Read the table of an open container; None if seeking to ``start_s`` fails."""
-    assert stream.time_base is not None
+    tick, origin = clock(stream), start_ticks(stream)
+    only(stream)
     duration_s = container_duration_s(container)
     if duration_s is not None:
         limits.check("max_duration_s", duration_s, repr(name), "its length in seconds")
-    origin = start_ticks(container, stream.time_base)
     packets = _Packets(name, limits, deadline)
     seek_ticks = None
     if start_s is not None:
-        seek_ticks = int((start_s - _SEEK_MARGIN_S) / stream.time_base) + origin
+        seek_ticks = int((start_s - _SEEK_MARGIN_S) / tick) + origin
         container.seek(seek_ticks, stream=stream)
-    packets.read(container, stream, None if end_s is None else end_s / stream.time_base + origin)
+    packets.read(container, stream, None if end_s is None else end_s / tick + origin)
     if seek_ticks is not None and not packets.begin_before(seek_ticks):
         return None
     return packets.table(stream, origin, duration_s, seek_ticks)
@@ -202,8 +204,7 @@ class _Packets:
         seek_ticks: int | None,
     ) -> FrameTable:
         """Sort the packets into a table of frames."""
-        base = stream.time_base
-        assert base is not None
+        base = clock(stream)
         pts = np.frombuffer(self.pts, np.int64) if len(self.pts) else np.empty(0, np.int64)
         hidden = np.frombuffer(self.hidden, np.uint8).astype(bool)
         shown = np.flatnonzero((pts != NO_TIME) & ~hidden)
@@ -247,7 +248,7 @@ class _Packets:
             seek_ticks=seek_ticks,
             whole=whole,
             warnings=self._warnings(
-                end_s - float(pts_s[0]), seconds(stream.duration, base), whole and not counted
+                end_s - float(pts_s[0]), stream_duration_s(stream), whole and not counted
             ),
         )
 
