@@ -168,7 +168,9 @@ class AVLlava:
         """Run ``generate`` with the options; returns what it returns."""
         stops = [self.processor.template.stop, *options.stop]
         sampled = options.temperature > 0
-        drawing: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p} if sampled else {}
+        drawing: dict[str, Any] = (
+            {"temperature": options.temperature, "top_p": options.top_p} if sampled else {}
+        )
         with torch.random.fork_rng(enabled=options.seed is not None):
             if options.seed is not None:
                 torch.manual_seed(options.seed)

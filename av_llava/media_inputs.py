@@ -23,7 +23,13 @@ from av_llava.geometry import SAMPLE_RATE_HZ
 from av_llava.images import PixelSpec, frame_resizer, frames_to_pixels, image_tiles
 from av_llava.media import FrameBatch, MediaInfo, probe, read_frames, read_image, scan_frames
 from av_llava.sampling import choose_frames
-from av_llava.settings import ImageSettings, SamplingSettings, VisionSettings, check_choice
+from av_llava.settings import (
+    AudioSettings,
+    ImageSettings,
+    SamplingSettings,
+    VisionSettings,
+    check_choice,
+)
 
 AUDIO_MODES = ("auto", "on", "off")
 
@@ -132,7 +138,7 @@ def load_video(
     vision: VisionSettings,
     options: MediaOptions,
     *,
-    hears: bool,
+    ears: AudioSettings | None,
     decode: bool,
 ) -> LoadedVideo:
     """Sample the frames of a video and, if asked for, read its sound over the same span.
@@ -142,12 +148,12 @@ def load_video(
         spec: pixel size and filter.
         vision: how frames are resized.
         options: sampling, window, sound.
-        hears: whether the model has ears.
+        ears: the audio settings of a model that has ears.
         decode: whether pixels and samples are read, or only headers.
     """
     options = options.for_part(part)
     if isinstance(part.source, (np.ndarray, Tensor, list, tuple)):
-        return _array_video(part, spec, vision, options, hears)
+        return _array_video(part, spec, vision, options, ears)
     start_s, end_s = options.start_s, options.end_s
     if decode:
         resize = frame_resizer(spec, vision.video_preprocess)
@@ -156,7 +162,7 @@ def load_video(
         )
     else:
         batch = _planned_frames(part.source, options.sampling, start_s, end_s)
-    sound, reason = _sound_of(part, batch.span_s, options, hears, decode)
+    sound, reason = _sound_of(part, batch.span_s, options, ears, decode)
     return LoadedVideo(
         source=describe_source(part.source),
         pts_s=tuple(float(t) for t in batch.pts_s),
@@ -189,7 +195,11 @@ def _planned_frames(
 
 
 def _array_video(
-    part: MediaPart, spec: PixelSpec, vision: VisionSettings, options: MediaOptions, hears: bool
+    part: MediaPart,
+    spec: PixelSpec,
+    vision: VisionSettings,
+    options: MediaOptions,
+    ears: AudioSettings | None,
 ) -> LoadedVideo:
     """Frames that are given as uint8 [T, H, W, 3]; one a second unless ``fps`` says otherwise."""
     frames = np.stack([np.asarray(f) for f in part.source])
@@ -207,7 +217,7 @@ def _array_video(
     sound: LoadedSound | None = None
     reason: str | None = "frames without sound"
     if not isinstance(options.audio, str) or options.audio not in ("auto", "off"):
-        sound, reason = _sound_of(part, (0.0, len(frames) / fps), options, hears, True)
+        sound, reason = _sound_of(part, (0.0, len(frames) / fps), options, ears, True)
     return LoadedVideo(
         source=describe_source(part.source),
         pts_s=tuple(float(i / fps) for i in keep),
@@ -220,23 +230,37 @@ def _array_video(
 
 
 def _sound_of(
-    part: MediaPart, span_s: tuple[float, float], options: MediaOptions, hears: bool, decode: bool
+    part: MediaPart,
+    span_s: tuple[float, float],
+    options: MediaOptions,
+    ears: AudioSettings | None,
+    decode: bool,
 ) -> tuple[LoadedSound | None, str | None]:
     """The sound that goes with a video, or why there is none."""
     mode = options.audio if isinstance(options.audio, str) else "a sound"
     if mode == "off":
         return None, "off"
-    if not hears:
+    if ears is None:
         if mode != "auto":
             raise UsageError(f"audio={mode!r} was asked for, but this model has no audio tower.")
         return None, "the model has no audio tower"
     if mode in AUDIO_MODES:
         sound = load_sound(
-            part.source, start_s=span_s[0], end_s=span_s[1], strict=mode == "on", decode=decode
+            part.source,
+            start_s=span_s[0],
+            end_s=span_s[1],
+            max_seconds=seconds_needed(ears),
+            strict=mode == "on",
+            decode=decode,
         )
     else:
-        sound = load_sound(options.audio, decode=decode)
+        sound = load_sound(options.audio, max_seconds=seconds_needed(ears), decode=decode)
     return (sound, None) if sound is not None else (None, "no sound track")
+
+
+def seconds_needed(ears: AudioSettings) -> float | None:
+    """How much of a long sound is ever used, counted from its start; None when all may be."""
+    return ears.max_seconds if ears.long_audio == "keep" else None
 
 
 def load_sound(

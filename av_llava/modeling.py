@@ -23,7 +23,7 @@ from av_llava import llava_door, modalities, weight_names
 from av_llava.aggregators import Aggregator
 from av_llava.aggregators.image_layout import ImagePlan, merge_tiles
 from av_llava.audio.placement import AudioPlan
-from av_llava.audio.projector import build_audio_projector
+from av_llava.audio.projector import AudioProjector, build_audio_projector
 from av_llava.audio.towers import build_audio_tower
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import UsageError
@@ -89,6 +89,8 @@ class AVLlavaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MediaTokens):
             module.reset_parameters()
+        elif isinstance(module, AudioProjector):
+            module.init_marks()
         else:
             super()._init_weights(module)
 
@@ -506,7 +508,9 @@ class AVLlavaForConditionalGeneration(AVLlavaPreTrainedModel, GenerationMixin):
         if media is None:
             return super().generate(ids, **kwargs)
         plan = media.splice
-        embeds = self.model.prepare_inputs(media, pixel_values, pixel_values_videos, input_features)
+        embeds = self.model.prepare_inputs(
+            media, pixel_values, pixel_values_videos, input_features, modality_inputs
+        )
         kwargs.setdefault("attention_mask", plan.attention_mask().to(embeds.device))
         return super().generate(
             input_ids=self.without_media_ids(ids).to(embeds.device), inputs_embeds=embeds, **kwargs

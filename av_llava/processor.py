@@ -51,6 +51,7 @@ from av_llava.media_inputs import (
     load_image,
     load_sound,
     load_video,
+    seconds_needed,
 )
 from av_llava.planning import MediaPlan, MediaPlanner, MediumRef, TextChunk
 from av_llava.sampling import time_instruction
@@ -374,16 +375,16 @@ class _Batch:
                 part, self.processor.pixels, config.image, n_images=n_images, decode=decode
             )
         if part.kind == "video":
-            hears = config.audio_config is not None
+            ears = config.audio if config.audio_config is not None else None
             return load_video(
-                part, self.processor.pixels, config.vision, self.options, hears=hears, decode=decode
+                part, self.processor.pixels, config.vision, self.options, ears=ears, decode=decode
             )
         options = self.options.for_part(part)
         sound = load_sound(
             part.source,
             start_s=options.start_s,
             end_s=options.end_s,
-            max_seconds=config.audio.max_seconds,
+            max_seconds=seconds_needed(config.audio),
             decode=decode,
         )
         assert sound is not None  # strict: no sound is an error

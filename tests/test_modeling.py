@@ -349,3 +349,22 @@ def test_attention_implementations_agree(tmp_path, implementation):
 def test_rope_scaling_can_be_overridden():
     model, _ = tiny("llama", text={"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
     assert model.model.language_model.rotary_emb.rope_type == "dynamic"
+
+
+def test_learned_marks_of_sound_survive_saving(tmp_path):
+    import av_llava
+
+    model, processor = tiny("llama")
+    config = model.config
+    config.audio = config.audio.replace(chunk_newline=True, token_mode="param")
+    config.au_token_ids = None
+    torch.manual_seed(1)
+    model = AVLlavaForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = av_llava.load(tmp_path, device="cpu").model
+    for name in ("audio_newline", "audio_begin", "audio_end"):
+        mark = getattr(model.model.mm_audio_projector, name)
+        assert torch.equal(mark, getattr(loaded.model.mm_audio_projector, name)) and mark.std() > 0
+    prepared = prepare(processor, [([SOUND], "Hear")])
+    assert prepared.media.audios[0].n_tokens == 13 + 1 + 2
