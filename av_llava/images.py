@@ -2,29 +2,29 @@
 
 Contract: still images agree bit for bit with LLaVA's processing (Pillow resizes them);
 normalisation comes later, from the same levels and in the same order of operations. Video frames
-are resized by torch's antialiased bicubic on uint8 (``fast``, within one level of Pillow) or by
-Pillow (``pil``). Follows LLaVA-NeXT ``mm_utils`` and the CLIP and SigLIP image processors.
+are resized by torch's antialiased bicubic on uint8 (``fast``, within one level of Pillow; of ten
+million values about one is two off) or by Pillow (``pil``). Follows LLaVA-NeXT ``mm_utils`` and
+the CLIP and SigLIP image processors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from av_llava.errors import CheckpointError, UsageError, unknown_name
+from av_llava.errors import UsageError, unknown_name
 from av_llava.geometry import (
     fit_inside,
     highres_side,
     parse_pinpoints,
     select_best_resolution,
-    shortest_edge_size,
     tile_grid,
 )
-from av_llava.settings import CLIP_MEAN, CLIP_STD, ImageSettings
+from av_llava.pixel_spec import PixelSpec, height_width_names
+from av_llava.settings import ImageSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,158 +33,6 @@ Frame = np.ndarray
 """One picture: [H, W, 3] uint8."""
 
 _TORCH_MODES = {2: "bilinear", 3: "bicubic"}
-
-
-@dataclass(frozen=True)
-class PixelSpec:
-    """What a tower's image processor does to a picture."""
-
-    size: int | tuple[int, int]
-    """Pixels: a number is the length of the shorter side, (height, width) distorts to that."""
-    crop: tuple[int, int] | None = None
-    """(height, width) of the centre crop after resizing; black fills what is missing."""
-    resample: int = 3
-    """Pillow's number of the filter: 3 bicubic, 2 bilinear."""
-    mean: tuple[float, ...] = CLIP_MEAN
-    """Of each channel, for pixels that were multiplied by ``rescale``."""
-    std: tuple[float, ...] = CLIP_STD
-    """Of each channel, for pixels that were multiplied by ``rescale``."""
-    rescale: float = 1 / 255
-    """Factor from levels to the unit of mean and deviation."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.size, int) and self.crop is None:
-            raise UsageError(
-                "An image processor that resizes the shorter side must crop afterwards, or images "
-                "would differ in size: give crop=(height, width)."
-            )
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise UsageError("The mean and deviation of pixels must hold three numbers each.")
-
-    @classmethod
-    def from_preprocessor_config(cls, data: Mapping[str, Any]) -> PixelSpec:
-        """Read the JSON data of a ``preprocessor_config.json`` (CLIP, SigLIP and their likes).
-
-        Raises:
-            CheckpointError: a size that is not understood, or steps left out that towers need.
-        """
-        if not data.get("do_resize", True):
-            raise CheckpointError(
-                "The image processor says do_resize: false, so its images have no common size."
-            )
-        kind = str(data.get("image_processor_type") or data.get("feature_extractor_type") or "")
-        crops = data.get("do_center_crop", "crop_size" in data or kind.startswith("CLIP"))
-        rescale = float(data.get("rescale_factor", 1 / 255)) if data.get("do_rescale", True) else 1
-        normal = data.get("do_normalize", True)
-        return cls(
-            size=_resize_rule(data.get("size"), bool(crops)),
-            crop=_height_width(data.get("crop_size", data.get("size"))) if crops else None,
-            resample=int(data.get("resample", 3)),
-            mean=tuple(data.get("image_mean", CLIP_MEAN)) if normal else (0.0, 0.0, 0.0),
-            std=tuple(data.get("image_std", CLIP_STD)) if normal else (1.0, 1.0, 1.0),
-            rescale=rescale,
-        )
-
-    def to_preprocessor_config(self) -> dict[str, Any]:
-        """Return JSON data that :meth:`from_preprocessor_config` and transformers read."""
-        clip = isinstance(self.size, int)
-        size = {"shortest_edge": self.size} if clip else _named(self.size)
-        return {
-            "image_processor_type": "CLIPImageProcessor" if clip else "SiglipImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": size,
-            "resample": self.resample,
-            **({"do_center_crop": True, "crop_size": _named(self.crop)} if self.crop else {}),
-            "do_rescale": True,
-            "rescale_factor": self.rescale,
-            "do_normalize": True,
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-        }
-
-    def with_side(self, side: int) -> PixelSpec:
-        """Return the same processing to another side (S2: that of the largest scale)."""
-        size = side if isinstance(self.size, int) else (side, side)
-        return replace(self, size=size, crop=self.crop and (side, side))
-
-    @property
-    def unit_mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation for pixels scaled to 0..1, as ``VisionSettings`` has them."""
-        if self.rescale == 1 / 255:
-            return self.mean, self.std
-        unit = 255 * self.rescale
-        return tuple(m / unit for m in self.mean), tuple(s / unit for s in self.std)
-
-    @property
-    def output_size(self) -> tuple[int, int]:
-        """Height and width of the result, in pixels."""
-        if self.crop is not None:
-            return self.crop
-        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
-
-    @property
-    def side(self) -> int:
-        """Side of the result, which tiling needs to be square."""
-        height, width = self.output_size
-        if height != width:
-            raise UsageError(f"Tiles must be square, but the processor makes {height}x{width}.")
-        return height
-
-    @property
-    def base_side(self) -> int:
-        """Side that LLaVA squeezes the whole image to before it makes the base view."""
-        return self.size if isinstance(self.size, int) else min(self.size)
-
-    @property
-    def padding_color(self) -> tuple[int, ...]:
-        """Levels that come out of normalisation as zero, rounded down."""
-        return tuple(int(m * 255) for m in self.mean)
-
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after resizing, before the crop."""
-        if isinstance(self.size, int):
-            return shortest_edge_size((width, height), self.size)
-        return self.size[1], self.size[0]
-
-    def crop_box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of the crop of a resized picture."""
-        crop_h, crop_w = self.crop or (height, width)
-        left, top = (width - crop_w) // 2, (height - crop_h) // 2
-        return left, top, left + crop_w, top + crop_h
-
-
-def _height_width(size: Any) -> tuple[int, int]:
-    """(height, width) of a ``crop_size`` or an exact ``size``."""
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, Mapping) and {"height", "width"} <= set(size):
-        return int(size["height"]), int(size["width"])
-    if isinstance(size, Mapping) and "shortest_edge" in size:
-        return int(size["shortest_edge"]), int(size["shortest_edge"])
-    if isinstance(size, (list, tuple)) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    raise CheckpointError(
-        f"The image processor's size {size!r} is not understood: it must be a number, "
-        '{"height": h, "width": w} or {"shortest_edge": n}.'
-    )
-
-
-def _resize_rule(size: Any, crops: bool) -> int | tuple[int, int]:
-    """``PixelSpec.size``: old files give one number, which means the shorter side if they crop."""
-    shortest = isinstance(size, Mapping) and "shortest_edge" in size
-    if shortest and "longest_edge" in size:
-        raise CheckpointError(
-            f"The image processor's size {size!r} bounds both edges, which gives images of "
-            "different shapes; towers need one."
-        )
-    if shortest or (isinstance(size, int) and crops):
-        return _height_width(size)[0]
-    return _height_width(size)
-
-
-def _named(size: Any) -> dict[str, int]:
-    return {"height": size[0], "width": size[1]}
 
 
 def to_rgb(picture: Image.Image | Frame) -> Image.Image:
@@ -207,11 +55,31 @@ def _checked_frame(frame: Any) -> Frame:
     return frame
 
 
+def vertical_first(source_wh: Sequence[int], target_wh: Sequence[int]) -> bool:
+    """Whether the columns are resized before the rows.
+
+    The order matters because levels are clipped to 0..255 between the passes: sharp content
+    differs by up to 20 levels. Pillow up to 12 and torch always begin with the rows; Pillow 13
+    begins with the columns where the height shrinks by more than twice as many pixels as the
+    width. This rule is followed here with every version, so that pixels do not depend on it.
+    """
+    less_w, less_h = (a - b for a, b in zip(source_wh, target_wh, strict=True))
+    return less_h > 0 and less_h > 2 * less_w
+
+
+def resize_pil(image: Image.Image, size_wh: tuple[int, int], resample: int = 3) -> Image.Image:
+    """Resize with Pillow, with the same result for every version of it."""
+    filter_ = Image.Resampling(resample)
+    if vertical_first(image.size, size_wh):
+        image = image.resize((image.width, size_wh[1]), filter_)
+    return image.resize(size_wh, filter_)
+
+
 def resize_image(picture: Image.Image | Frame, spec: PixelSpec) -> Frame:
     """Resize and crop with Pillow. [H, W, 3] uint8"""
     image = to_rgb(picture)
     size = spec.resized(*image.size)
-    image = image.resize(size, Image.Resampling(spec.resample))
+    image = resize_pil(image, size, spec.resample)
     return np.asarray(image.crop(spec.crop_box(*size)) if spec.crop else image)
 
 
@@ -231,7 +99,7 @@ def fit_on_canvas(image: Image.Image, canvas_wh: tuple[int, int]) -> Image.Image
     width, height = fit_inside(image.size, canvas_wh)
     canvas = Image.new("RGB", canvas_wh, (0, 0, 0))
     corner = (canvas_wh[0] - width) // 2, (canvas_wh[1] - height) // 2
-    canvas.paste(image.resize((width, height)), corner)
+    canvas.paste(resize_pil(image, (width, height)), corner)
     return canvas
 
 
@@ -254,7 +122,7 @@ def image_tiles(
         padded = settings.aspect_ratio == "pad"
         views = [pad_to_square(image, spec.padding_color) if padded else image]
     else:
-        views = [image.resize((spec.base_side, spec.base_side))]
+        views = [resize_pil(image, (spec.base_side, spec.base_side))]
         views += _cut(_canvas(image, spec, settings), spec.side, *grid)
     tiles = [resize_image(view, spec) for view in views]
     return np.ascontiguousarray(np.stack(tiles).transpose(0, 3, 1, 2))
@@ -264,7 +132,7 @@ def _canvas(image: Image.Image, spec: PixelSpec, settings: ImageSettings) -> Ima
     """The picture that is cut into tiles."""
     if settings.aspect_ratio == "highres":
         side = highres_side(settings.grid_pinpoints, spec.side)
-        return pad_to_square(image, spec.padding_color).resize((side, side))
+        return resize_pil(pad_to_square(image, spec.padding_color), (side, side))
     canvases = parse_pinpoints(settings.grid_pinpoints, spec.side)
     return fit_on_canvas(image, select_best_resolution(image.size, canvases))
 
@@ -334,8 +202,12 @@ def _resize_fast(frame: Frame, spec: PixelSpec) -> Frame:
     height, width = frame.shape[:2]
     new_w, new_h = spec.resized(width, height)
     if (new_w, new_h) != (width, height):
-        filter_ = _TORCH_MODES[spec.resample]
-        pixels = F.interpolate(pixels, (new_h, new_w), mode=filter_, antialias=True)
+        sizes = [(new_h, new_w)]
+        if vertical_first((width, height), (new_w, new_h)):
+            sizes.insert(0, (new_h, width))
+        for size in sizes:
+            filter_ = _TORCH_MODES[spec.resample]
+            pixels = F.interpolate(pixels, size, mode=filter_, antialias=True)
     elif spec.crop is None:
         return frame.copy()
     resized = pixels[0].permute(1, 2, 0).numpy()
@@ -389,7 +261,7 @@ class ImageProcessor:
         self.image_mean, self.image_std = list(spec.mean), list(spec.std)
         self.resample = Image.Resampling(spec.resample)
         self.rescale_factor = spec.rescale
-        self.crop_size = _named(spec.output_size)
+        self.crop_size = height_width_names(spec.output_size)
         clip = isinstance(spec.size, int)
         self.size = {"shortest_edge": spec.size} if clip else spec.size  # as LLaVA-NeXT has it
 
