@@ -201,6 +201,7 @@ def test_a_frozen_tower_records_nothing():
         assert not tower(pixels).requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_gradient_checkpointing_computes_again_and_agrees():
     pixels = torch.randn(2, 3, 56, 56)
     gradients, calls = [], []
