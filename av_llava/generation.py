@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,25 +27,25 @@ Finish = Callable[[Tensor, bool], Answer]
 class AnswerStream:
     """Pieces of an answer as they come; ``answer`` is set when the iteration has ended."""
 
-    def __init__(self, tokenizer: Any, run: Run, finish: Finish) -> None:
+    def __init__(self, tokenizer: Any, run: Run, finish: Finish, stops: Sequence[str] = ()) -> None:
         self.answer: Answer | None = None
         self._finish = finish
-        self._cancelled = threading.Event()
+        self._stops = [s for s in stops if s]
+        self._cancelled = _Cancelled()
         self._streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
         self._result: dict[str, Any] = {}
-        self._collected = _Collector(self._streamer)
         self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
 
     def cancel(self) -> None:
         """End the answer after the token that is being made."""
-        self._cancelled.set()
+        self._cancelled.event.set()
 
     def _run(self, run: Run) -> None:
         try:
             with torch.no_grad():
                 self._result["ids"] = run(
-                    streamer=self._collected,
-                    stopping_criteria=StoppingCriteriaList([_Cancelled(self._cancelled)]),
+                    streamer=_Collector(self._streamer),
+                    stopping_criteria=StoppingCriteriaList([self._cancelled]),
                 )
         except BaseException as error:  # handed to the thread that iterates
             self._result["error"] = error
@@ -55,13 +55,32 @@ class AnswerStream:
     def __iter__(self) -> Iterator[str]:
         self._thread.start()
         try:
-            yield from (piece for piece in self._streamer if piece)
+            yield from without_stops(self._streamer, self._stops)
         finally:
             self.cancel()
             self._thread.join()
         if "error" in self._result:
             raise self._result["error"]
-        self.answer = self._finish(self._result["ids"], self._collected.cut)
+        self.answer = self._finish(self._result["ids"], self._cancelled.stopped)
+
+
+def without_stops(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pass text on up to the first stop text, holding back what may be the start of one."""
+    held = ""
+    longest = max(map(len, stops), default=1)
+    for piece in pieces:
+        held += piece
+        found = [held.index(s) for s in stops if s in held]
+        if found:
+            if held[: min(found)]:
+                yield held[: min(found)]
+            return
+        ready = len(held) - longest + 1
+        if ready > 0:
+            yield held[:ready]
+            held = held[ready:]
+    if held:
+        yield held
 
 
 class _Collector:
@@ -69,7 +88,6 @@ class _Collector:
 
     def __init__(self, streamer: TextIteratorStreamer) -> None:
         self.streamer = streamer
-        self.cut = False
 
     def put(self, value: Tensor) -> None:
         """Take the next id(s)."""
@@ -81,13 +99,15 @@ class _Collector:
 
 
 class _Cancelled(StoppingCriteria):
-    """Stops when an event is set."""
+    """Stops when its event is set, and remembers that it did."""
 
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.stopped = False
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        done = self.event.is_set()
+        """Say for each row whether to stop. [K]"""
+        done = self.stopped = self.event.is_set()
         return torch.full((input_ids.shape[0],), done, device=input_ids.device)
 
 

@@ -164,9 +164,12 @@ class AVLlava:
             for i, row in enumerate(ids)
         ]
 
+    def stops(self, options: Options) -> list[str]:
+        """Texts that end an answer."""
+        return [s for s in (self.processor.template.stop, *options.stop) if s]
+
     def generate(self, options: Options, room: int, **inputs: Any) -> Tensor:
         """Run ``generate`` with the options; returns what it returns."""
-        stops = [self.processor.template.stop, *options.stop]
         sampled = options.temperature > 0
         drawing: dict[str, Any] = (
             {"temperature": options.temperature, "top_p": options.top_p} if sampled else {}
@@ -177,7 +180,7 @@ class AVLlava:
             return self.model.generate(
                 max_new_tokens=room,
                 do_sample=sampled,
-                stop_strings=[s for s in stops if s],
+                stop_strings=self.stops(options),
                 tokenizer=self.processor.tokenizer,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
                 logits_processor=LogitsProcessorList([Finite(self.dtype)]),
@@ -203,8 +206,8 @@ class AVLlava:
         kept = new if cut is None else new[:cut]
         text = tokenizer.decode(kept, skip_special_tokens=True)
         stopped = cut is not None
-        for stop in (self.processor.template.stop, *options.stop):
-            if stop and stop in text:
+        for stop in self.stops(options):
+            if stop in text:
                 text, stopped = text[: text.index(stop)], True
         n_new = len(new) if cut is None else cut + 1
         reason = "interrupted" if interrupted else "stop" if stopped or n_new < room else "length"
@@ -244,7 +247,7 @@ class AVLlava:
                 interrupted,
             )
 
-        return AnswerStream(self.processor.tokenizer, run, finish)
+        return AnswerStream(self.processor.tokenizer, run, finish, self.stops(options))
 
 
 def _end_ids(model: AVLlavaForConditionalGeneration) -> set[int]:

@@ -127,7 +127,8 @@ class Session:
                 self.history.append((prompt, answer.text))
             return answer
 
-        return AnswerStream(self.owner.processor.tokenizer, run, finish)
+        stops = self.owner.stops(options)
+        return AnswerStream(self.owner.processor.tokenizer, run, finish, stops)
 
     def _changed(self, changes: dict[str, Any]) -> Options:
         """The session's options with those of generation changed."""
