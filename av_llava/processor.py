@@ -1,81 +1,38 @@
 """From messages with media to everything the model takes: ids, mask, labels, plan, pixels, sound.
 
-Contract: the only place where text and media meet on the host. Ids come expanded, with a medium's
-negative id on each of its rows; the :class:`MediaPlan` beside them says what those rows are. One
-rendering of the chat template serves prompts and labels.
+Contract: what transformers users expect of a processor. Ids come expanded, with a medium's
+negative id on each of its rows; the :class:`MediaPlan` beside them says what those rows are.
+
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from av_llava import modalities
-from av_llava.aggregators import TokenPlan
-from av_llava.aggregators.image_layout import ImagePlan
-from av_llava.answers import MediumUse, Usage
-from av_llava.audio.placement import AudioPlan
-from av_llava.audio.towers import build_feature_extractor, clip_features
 from av_llava.chat import (
     ChatTemplate,
-    MediaPart,
     Message,
-    TextPart,
     normalize_messages,
     template_for,
     template_named,
-    tokenize_supervised,
-    tokenize_with_media,
-    wrap_media,
 )
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import UsageError, unknown_name
-from av_llava.geometry import SAMPLE_RATE_HZ
 from av_llava.images import ImageProcessor, PixelSpec
 from av_llava.media_inputs import (
-    LoadedExtra,
-    LoadedImage,
-    LoadedSound,
-    LoadedVideo,
     MediaOptions,
     check_audio_mode,
-    describe_source,
-    load_image,
-    load_sound,
-    load_video,
-    seconds_needed,
 )
-from av_llava.planning import MediaPlan, MediaPlanner, MediumRef, TextChunk
-from av_llava.sampling import time_instruction
+from av_llava.planning import MediaPlanner
+from av_llava.prepared import BatchBuilder, Prepared
 from av_llava.settings import SamplingSettings
-
-Loaded = LoadedImage | LoadedVideo | LoadedSound | LoadedExtra
-IM_START, IM_END = "<im_start>", "<im_end>"
-
-
-@dataclass
-class Prepared:
-    """A batch on the host: its plan, its tensors, and an account of its media."""
-
-    media: MediaPlan
-    tensors: dict[str, Any]
-    used: list[list[MediumUse]]
-    messages: list[list[Message]]
-    """What was rendered, time instructions included."""
-    texts: list[str]
-
-    def usage(self, sample: int) -> Usage:
-        """Prompt tokens of one sample by modality."""
-        n = self.media.splice.n_tokens
-        return Usage(*(n(k, sample) for k in ("text", "image", "video", "audio")))
 
 
 class AVLlavaProcessor(ProcessorMixin):
@@ -188,7 +145,7 @@ class AVLlavaProcessor(ProcessorMixin):
         """
         options = options or MediaOptions(self.config.sampling)
         check_audio_mode(options.audio)
-        batch = _Batch(self, MediaPlanner(self.config, aggregator), options, decode)
+        batch = BatchBuilder(self, MediaPlanner(self.config, aggregator), options, decode)
         for messages in conversations:
             batch.add(messages, add_generation_prompt, supervised)
         return batch.finish(padding_side, supervised)
@@ -218,7 +175,7 @@ class AVLlavaProcessor(ProcessorMixin):
         sources = {"image": _listed(images), "video": _listed(videos), "audio": _listed(audio)}
         aggregator = kwargs.pop("aggregator", None)
         options = self.media_options(audio=kwargs.pop("audio_mode", "off"), **kwargs)
-        batch = _Batch(self, MediaPlanner(self.config, aggregator), options, decode=True)
+        batch = BatchBuilder(self, MediaPlanner(self.config, aggregator), options, decode=True)
         for prompt in prompts:
             batch.add_rendered(prompt, sources)
         left = {k: len(v) for k, v in sources.items() if v}
@@ -301,220 +258,6 @@ class AVLlavaProcessor(ProcessorMixin):
         return self.tokenizer.batch_decode(*args, **kwargs)
 
 
-class _Batch:
-    """Collects conversations until they are laid out together."""
-
-    def __init__(
-        self,
-        processor: AVLlavaProcessor,
-        planner: MediaPlanner,
-        options: MediaOptions,
-        decode: bool,
-    ) -> None:
-        self.processor, self.planner = processor, planner
-        self.options, self.decode = options, decode
-        self.samples: list[list[TextChunk | MediumRef]] = []
-        self.images: list[LoadedImage] = []
-        self.videos: list[LoadedVideo] = []
-        self.sounds: list[LoadedSound] = []
-        self.image_plans: list[ImagePlan] = []
-        self.video_plans: list[TokenPlan] = []
-        self.audio_plans: list[AudioPlan] = []
-        self.extras: dict[str, list[LoadedExtra]] = {}
-        self.used: list[list[MediumUse]] = []
-        self.messages: list[list[Message]] = []
-        self.texts: list[str] = []
-
-    def add(
-        self, messages: Sequence[Message], add_generation_prompt: bool, supervised: bool
-    ) -> None:
-        """Open the media of one conversation, render it, and cut it at its media."""
-        processor = self.processor
-        loaded = self._load([p for m in messages for p in m.media])
-        messages = self._with_time_instructions(messages, loaded)
-        if processor.config.sequence.use_image_start_end:
-            messages = wrap_media(messages, IM_START, IM_END)
-        rendered = processor.template.render(messages, add_generation_prompt)
-        if supervised:
-            ids, labels = tokenize_supervised(rendered, processor.tokenizer)
-        else:
-            ids = tokenize_with_media(rendered.text, processor.tokenizer, add_bos=rendered.add_bos)
-            labels = None
-        self.messages.append(list(messages))
-        self.texts.append(rendered.text)
-        self._lay(ids, labels, loaded)
-
-    def add_rendered(self, prompt: str, sources: dict[str, list[Any]]) -> None:
-        """Take a prompt that is rendered already; its media come from ``sources``, in order."""
-        ids = tokenize_with_media(prompt, self.processor.tokenizer)
-        kinds = {v: k for k, v in self.processor.config.media_token_ids.items()}
-        parts = []
-        for kind in (kinds[i] for i in ids if i < 0):
-            if not sources[kind]:
-                raise UsageError(f"The prompt has more <{kind}> placeholders than {kind}s given.")
-            parts.append(MediaPart(kind, sources[kind].pop(0)))
-        self.messages.append([])
-        self.texts.append(prompt)
-        self._lay(ids, None, self._load(parts))
-
-    def _load(self, parts: Sequence[MediaPart]) -> list[Loaded]:
-        n_images = sum(p.kind == "image" for p in parts)
-        return [self._open(p, n_images) for p in parts]
-
-    def _open(self, part: MediaPart, n_images: int) -> Loaded:
-        config, decode = self.processor.config, self.decode
-        if part.source is None:
-            raise UsageError(f"The prompt has an {part.token} without a source.")
-        if part.kind in config.extra_modalities:
-            modality = modalities.get(part.kind)
-            item = modality.preprocess(part.source)
-            source = describe_source(part.source)
-            return LoadedExtra(part.kind, source, modality.n_tokens(item), item)
-        if part.kind == "image":
-            return load_image(
-                part, self.processor.pixels, config.image, n_images=n_images, decode=decode
-            )
-        if part.kind == "video":
-            ears = config.audio if config.audio_config is not None else None
-            return load_video(
-                part, self.processor.pixels, config.vision, self.options, ears=ears, decode=decode
-            )
-        options = self.options.for_part(part)
-        sound = load_sound(
-            part.source,
-            start_s=options.start_s,
-            end_s=options.end_s,
-            max_seconds=seconds_needed(config.audio),
-            decode=decode,
-        )
-        assert sound is not None  # strict: no sound is an error
-        return sound
-
-    def _with_time_instructions(
-        self, messages: Sequence[Message], loaded: Sequence[Any]
-    ) -> Sequence[Message]:
-        """Put LLaVA-Video's sentence after each video, if the settings ask for it."""
-        if not self.options.sampling.time_instruction:
-            return messages
-        media = iter(loaded)
-        out = []
-        for message in messages:
-            parts: list[Any] = []
-            for part in message.parts:
-                parts.append(part)
-                item = next(media) if isinstance(part, MediaPart) else None
-                if isinstance(item, LoadedVideo):
-                    sentence = time_instruction(item.duration_s, item.pts_s)
-                    parts.append(TextPart("\n" + sentence))
-            out.append(replace(message, parts=_joined(parts)))
-        return out
-
-    def _lay(self, ids: Sequence[int], labels: Sequence[int] | None, loaded: Sequence[Any]) -> None:
-        """Cut ids at media and register the media of this sample."""
-        row = np.asarray(ids, dtype=np.int64)
-        marks = None if labels is None else np.asarray(labels, dtype=np.int64)
-        cuts = np.flatnonzero(row < 0)
-        parts: list[TextChunk | MediumRef] = []
-        self.used.append([])
-        at = 0
-        for cut, item in zip(cuts, loaded, strict=True):
-            parts.append(TextChunk(row[at:cut], None if marks is None else marks[at:cut]))
-            parts.append(self._register(item))
-            at = int(cut) + 1
-        parts.append(TextChunk(row[at:], None if marks is None else marks[at:]))
-        self.samples.append(parts)
-
-    def _register(self, item: Loaded) -> MediumRef:
-        """Plan one medium and write down its use."""
-        if isinstance(item, LoadedImage):
-            plan = self.planner.image(item.size, item.n_tiles, n_images=item.n_images)
-            self.images.append(item)
-            self.image_plans.append(plan)
-            use = MediumUse("image", item.source, plan.n_tokens, size=item.size)
-            ref = MediumRef("image", len(self.images) - 1)
-        elif isinstance(item, LoadedExtra):
-            items = self.extras.setdefault(item.kind, [])
-            items.append(item)
-            use = MediumUse(item.kind, item.source, item.n_tokens)
-            ref = MediumRef(item.kind, len(items) - 1)
-        elif isinstance(item, LoadedSound):
-            ref = MediumRef("audio", self._sound(item))
-            heard = self.audio_plans[ref.item]
-            use = MediumUse(
-                "audio",
-                item.source,
-                0,
-                duration_s=item.duration_s,
-                audio_s=item.n_samples / SAMPLE_RATE_HZ,
-                audio_tokens=heard.n_tokens,
-                warnings=(*item.warnings, *heard.notes),
-            )
-        else:
-            ref, use = self._video(item)
-        self.used[-1].append(use)
-        return ref
-
-    def _video(self, item: LoadedVideo) -> tuple[MediumRef, MediumUse]:
-        plan = self.planner.video(len(item.pts_s), item.pts_s)
-        self.videos.append(item)
-        self.video_plans.append(plan)
-        sound = None if item.sound is None else self._sound(item.sound)
-        use = MediumUse(
-            "video",
-            item.source,
-            plan.n_tokens,
-            pts_s=item.pts_s,
-            n_source_frames=item.n_source_frames,
-            duration_s=item.duration_s,
-            backend=item.backend,
-            audio_s=0.0 if item.sound is None else item.sound.n_samples / SAMPLE_RATE_HZ,
-            audio_tokens=0 if sound is None else self.audio_plans[sound].n_tokens,
-            audio_reason=item.no_sound,
-            warnings=item.warnings,
-        )
-        return MediumRef("video", len(self.videos) - 1, sound), use
-
-    def _sound(self, item: LoadedSound) -> int:
-        self.sounds.append(item)
-        self.audio_plans.append(self.planner.audio(item.n_samples, item.start_s))
-        return len(self.sounds) - 1
-
-    def finish(self, padding_side: str, supervised: bool) -> Prepared:
-        """Lay the batch out and join its tensors."""
-        media = self.planner.batch(
-            self.samples,
-            images=self.image_plans,
-            videos=self.video_plans,
-            audios=self.audio_plans,
-            extras={kind: [e.n_tokens for e in items] for kind, items in self.extras.items()},
-            padding_side=padding_side,
-            supervised=supervised,
-        )
-        tensors = self._tensors() if self.decode else {}
-        return Prepared(media, tensors, self.used, self.messages, self.texts)
-
-    def _tensors(self) -> dict[str, Any]:
-        """What the encoders take, for the whole batch."""
-        tensors: dict[str, Any] = {}
-        tiles = [i.tiles for i in self.images if i.tiles is not None]
-        frames = [v.frames for v in self.videos if v.frames is not None]
-        waveforms = [s.waveform for s in self.sounds if s.waveform is not None]
-        if tiles:
-            tensors["pixel_values"] = torch.cat(tiles)
-        if frames:
-            tensors["pixel_values_videos"] = torch.cat(frames) if len(frames) > 1 else frames[0]
-        if waveforms:
-            config = self.processor.config
-            extractor = build_feature_extractor(config.audio_config, config.audio)
-            features = clip_features(extractor, waveforms, self.audio_plans)
-            tensors["input_features"] = features.features
-        if self.extras:
-            tensors["modality_inputs"] = {
-                kind: [e.item for e in items] for kind, items in self.extras.items()
-            }
-        return tensors
-
-
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 _SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingSettings))
 _OPTION_FIELDS = tuple(f.name for f in fields(MediaOptions) if f.name != "sampling")
@@ -536,17 +279,6 @@ def _feature(
     if labels is not None:
         data["labels"] = labels
     return BatchFeature(data)
-
-
-def _joined(parts: Iterable[Any]) -> tuple[Any, ...]:
-    """Join neighbouring texts."""
-    out: list[Any] = []
-    for part in parts:
-        if out and isinstance(part, TextPart) and isinstance(out[-1], TextPart):
-            out[-1] = TextPart(out[-1].text + part.text)
-        else:
-            out.append(part)
-    return tuple(out)
 
 
 def _is_batch(conversation: Any) -> bool:
