@@ -7,7 +7,6 @@ typed settings of ``settings.py``.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -293,8 +292,6 @@ def _vision_settings(
 
 def _image_settings(data: Mapping[str, Any]) -> ImageSettings:
     pinpoints = data.get("image_grid_pinpoints") or ()
-    if isinstance(pinpoints, str) and "x" not in pinpoints:
-        pinpoints = ast.literal_eval(pinpoints)
     if not isinstance(pinpoints, str):
         pinpoints = tuple((int(w), int(h)) for w, h in pinpoints)
     return ImageSettings(
