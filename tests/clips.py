@@ -90,7 +90,7 @@ def make_clip(
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    options = {"movflags": "faststart"} if faststart and suffix in (".mp4", ".mov") else {}
+    options = {"movflags": "faststart"} if faststart and suffix in (".mp4", ".mov", ".m4a") else {}
     times = _frame_times(seconds, fps, frame_times, video_start_s, preroll_s)
     draw = draw or (lambda number, time_s: counter_frame(number, size))
     with av.open(str(path), "w", options=options) as out:

@@ -141,7 +141,8 @@ def read_local_audio(
     if not track.rate:
         if decoder.errors:
             raise MediaError(f"{file.name!r}: its sound cannot be decoded ({decoder.last_error}).")
-        return _no_sound(file, channels, NO_TRACK_RATE_HZ, begin_s, "the sound track is empty")
+        reason = f"there is no sound from {begin_s:.2f} s on"
+        return _no_sound(file, channels, NO_TRACK_RATE_HZ, begin_s, reason)
     return _clip(file, track, decoder, channels, stated_s, max_seconds)
 
 

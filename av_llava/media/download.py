@@ -59,8 +59,8 @@ def download(url: str, path: Path, limits: Limits) -> int:
         _WebRedirects,
     ):
         opener.add_handler(handler())
-    request = urllib.request.Request(url, headers={"User-Agent": "av-llava"})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "av-llava"})
         silence_s = min(_SILENCE_S, limits.max_download_s)
         with opener.open(request, timeout=silence_s) as response:
             declared = response.headers.get("Content-Length")

@@ -75,7 +75,7 @@ def local_file(source: Source, limits: Limits) -> Iterator[LocalFile]:
     """
     name = describe(source)
     if is_remote(source):
-        with _temporary(urllib.parse.urlsplit(str(source)).path) as copy:
+        with _temporary(re.split(r"[?#]", str(source))[0]) as copy:
             download(str(source), copy, limits)
             yield checked(LocalFile(copy, name), limits)
     elif isinstance(source, (str, os.PathLike)):
