@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ class SplicePlan:
                 f"({max(self.lengths)} rows)."
             )
 
-    @property
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Rows of each sample without padding."""
         return tuple(sum(s.n_rows for s in segments) for segments in self.samples)
@@ -359,8 +360,9 @@ def _dst_view(buffer: Tensor, c: _Copy) -> Tensor:
 
 
 def _src_view(source: Tensor, c: _Copy) -> Tensor:
-    rows = source[c.src : c.src + c.n * c.n_runs]
-    return rows if c.n_runs == 1 else rows.unflatten(0, (c.n_runs, c.n))
+    n = c.n * c.n_runs
+    rows = source if n == source.shape[0] else source[c.src : c.src + n]
+    return rows if c.n_runs == 1 else rows.view(c.n_runs, c.n, -1)
 
 
 class _Layout:
