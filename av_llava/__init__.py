@@ -23,11 +23,19 @@ _NAMES = {
     "MediaPlan": "planning",
     "MediaPlanner": "planning",
     "SplicePlan": "splice",
+    "tokenizer_image_token": "chat",
+    "IMAGE_TOKEN_INDEX": "settings",
+    "VIDEO_TOKEN_INDEX": "settings",
+    "AUDIO_TOKEN_INDEX": "settings",
+    "IGNORE_INDEX": "settings",
 }
+# With these come models or configurations, which transformers' Auto classes must know.
+_NEED_AUTO = ("inference", "sessions", "checkpoints.llava_api", "config", "processor", "modeling")
 _SUBMODULES = (
     "aggregators",
     "audio",
     "chat",
+    "modalities",
     "images",
     "media",
     "projectors",
@@ -44,7 +52,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"av_llava.{name}")
     if name not in _NAMES:
         raise AttributeError(f"module 'av_llava' has no attribute {name!r}")
-    if name not in ("SplicePlan",):
+    if _NAMES[name] in _NEED_AUTO:
         importlib.import_module("av_llava.auto")
     return getattr(importlib.import_module(f"av_llava.{_NAMES[name]}"), name)
 
