@@ -11,7 +11,7 @@ import torch
 from av_llava.answers import SCHEMA, MediumUse, Usage
 from av_llava.budgeting import check_context, context_length
 from av_llava.checkpoints.folder import CheckpointFolder
-from av_llava.checkpoints.load import locate, read_config
+from av_llava.checkpoints.load import locate, memory_keys, read_config
 from av_llava.checkpoints.tokenizers import load_tokenizer
 from av_llava.config import AVLlavaConfig
 from av_llava.demo_model import tiny_config, tiny_tokenizer
@@ -20,7 +20,6 @@ from av_llava.modeling import AVLlavaForConditionalGeneration
 from av_llava.options import Options, conversation
 from av_llava.planning import MediaPlan, MediaPlanner
 from av_llava.processor import AVLlavaProcessor
-from av_llava.weight_names import ignored, memory_name
 
 _VISION_PREFIX = "model.vision_tower."
 
@@ -113,7 +112,7 @@ def describe(path: str | Path | None) -> dict[str, Any]:
     found["layout"] = folder.config.get("model_type")
     found["architecture"] = (folder.config.get("architectures") or [None])[0]
     found |= _parts(config, folder)
-    inside = folder.has(_VISION_PREFIX)
+    inside = any(key.startswith(_VISION_PREFIX) for key in memory_keys(folder))
     if config.vision_config is not None:
         where = "inside the checkpoint" if inside else str(tower.folder if tower else None)
         found["vision_tower"] |= {"name": config.vision.tower, "weights": where}
@@ -174,11 +173,11 @@ def _count(module: torch.nn.Module) -> int:
 
 def _keys(model: AVLlavaForConditionalGeneration, folder: CheckpointFolder) -> dict[str, Any]:
     """Keys that the model needs and the folder lacks, and the reverse."""
-    stored = {memory_name(k) for k in folder.keys if not ignored(k)}
+    stored = memory_keys(folder)
     wanted = set(model.state_dict())
     if model.config.tie_word_embeddings:
         wanted -= {"lm_head.weight"}
         stored -= {"lm_head.weight"}
-    if not folder.has(_VISION_PREFIX):
+    if not any(key.startswith(_VISION_PREFIX) for key in stored):
         wanted = {k for k in wanted if not k.startswith(_VISION_PREFIX)}
     return {"missing": sorted(wanted - stored), "unexpected": sorted(stored - wanted)}

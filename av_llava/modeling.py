@@ -27,6 +27,7 @@ from av_llava.audio.projector import AudioProjector, build_audio_projector
 from av_llava.audio.towers import build_audio_tower
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import UsageError
+from av_llava.expanded import ExpandedInputs, open_expanded
 from av_llava.planning import MediaPlan, MediaPlanner, TokenPlan
 from av_llava.projectors import build_projector
 from av_llava.splice import splice
@@ -311,6 +312,13 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
             input_ids = None
             if attention_mask is None:
                 attention_mask = media.splice.attention_mask().to(inputs_embeds.device)
+        elif inputs_embeds is None and any(
+            given is not None for given in (pixel_values, pixel_values_videos, input_features)
+        ):
+            raise UsageError(
+                "Pixels or sound were given without a plan (media). "
+                "AVLlavaForConditionalGeneration makes one of expanded ids."
+            )
         return self.language_model(
             input_ids=input_ids if inputs_embeds is None else None,
             attention_mask=attention_mask,
@@ -413,14 +421,18 @@ class AVLlavaForConditionalGeneration(AVLlavaPreTrainedModel, GenerationMixin):
         modalities: str | Sequence[str] = ("image",),
         audios: Sequence[Tensor] | None = None,
         audio_lengths: Sequence[int] | None = None,
+        batch_num_images: Tensor | Sequence[int] | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss when labels are given.
 
-        Media come in one of two ways: as the processor makes them (``media`` with
-        ``pixel_values``, ``pixel_values_videos``, ``input_features``), or LLaVA's way (``images``,
-        ``image_sizes``, ``modalities``, ``audios``, with sentinels in ``input_ids``).
+        Media come in one of three ways: as the processor makes them (``media`` with
+        ``pixel_values``, ``pixel_values_videos``, ``input_features``); transformers' way, the same
+        without ``media`` but with expanded ids, ``image_sizes`` as (height, width) and
+        ``audio_lengths`` (see :class:`av_llava.expanded.ExpandedInputs`); or LLaVA's way
+        (``images``, ``image_sizes`` as (width, height), ``modalities``, ``audios``, with sentinels
+        in ``input_ids``).
         """
         given = images is not None or audios is not None
         if input_ids is not None and inputs_embeds is None and given:
@@ -437,6 +449,21 @@ class AVLlavaForConditionalGeneration(AVLlavaPreTrainedModel, GenerationMixin):
                 audio_lengths,
             )
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = doored
+        expanded = ExpandedInputs(
+            pixel_values,
+            image_sizes,
+            batch_num_images,
+            pixel_values_videos,
+            input_features,
+            audio_lengths,
+            modality_inputs,
+        )
+        tensors = expanded.tensors
+        if media is None and input_ids is not None and inputs_embeds is None and expanded:
+            media, tensors = open_expanded(
+                self.model.planner, input_ids, attention_mask, labels, expanded
+            )
+            labels = media.splice.labels()
         if media is not None and labels is None:
             labels = media.splice.labels()
         out = self.model(
@@ -447,10 +474,7 @@ class AVLlavaForConditionalGeneration(AVLlavaPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             media=media,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            input_features=input_features,
-            modality_inputs=modality_inputs,
+            **tensors,
             **{k: v for k, v in kwargs.items() if k != "num_items_in_batch"},
         )
         hidden = out.last_hidden_state
@@ -492,12 +516,13 @@ class AVLlavaForConditionalGeneration(AVLlavaPreTrainedModel, GenerationMixin):
         modalities: str | Sequence[str] = ("image",),
         audios: Sequence[Tensor] | None = None,
         audio_lengths: Sequence[int] | None = None,
+        batch_num_images: Tensor | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate.
+        """Generate; media come in the three ways of :meth:`forward`.
 
-        With LLaVA's arguments (sentinels in ``inputs``) only new ids are returned; with the
-        processor's, prompt and new ids, the prompt's media rows shown as the pad id.
+        With LLaVA's arguments (sentinels in ``inputs``) only new ids are returned; with expanded
+        ids, prompt and new ids, the prompt's negative media ids shown as the pad id.
         """
         ids = kwargs.pop("input_ids", inputs)
         if images is not None or audios is not None:
@@ -505,13 +530,24 @@ class AVLlavaForConditionalGeneration(AVLlavaPreTrainedModel, GenerationMixin):
             door = llava_door.Media(images, modalities, image_sizes, audios, audio_lengths)
             embeds, mask = llava_door.prompt(self, ids, kwargs.pop("attention_mask", None), door)
             return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        expanded = ExpandedInputs(
+            pixel_values,
+            image_sizes,
+            batch_num_images,
+            pixel_values_videos,
+            input_features,
+            audio_lengths,
+            modality_inputs,
+        )
+        tensors = expanded.tensors
+        if media is None and ids is not None and expanded:
+            media, tensors = open_expanded(
+                self.model.planner, ids, kwargs.get("attention_mask"), None, expanded
+            )
         if media is None:
             return super().generate(ids, **kwargs)
-        plan = media.splice
-        embeds = self.model.prepare_inputs(
-            media, pixel_values, pixel_values_videos, input_features, modality_inputs
-        )
-        kwargs.setdefault("attention_mask", plan.attention_mask().to(embeds.device))
+        embeds = self.model.prepare_inputs(media, **tensors)
+        kwargs.setdefault("attention_mask", media.splice.attention_mask().to(embeds.device))
         return super().generate(
             input_ids=self.without_media_ids(ids).to(embeds.device), inputs_embeds=embeds, **kwargs
         )

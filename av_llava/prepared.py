@@ -21,6 +21,8 @@ from av_llava.answers import MediumUse, Usage
 from av_llava.audio.placement import AudioPlan
 from av_llava.audio.towers import build_feature_extractor, clip_features
 from av_llava.chat import (
+    MEDIA_IDS,
+    MEDIA_TOKENS,
     ChatTemplate,
     MediaPart,
     Message,
@@ -130,7 +132,7 @@ class BatchBuilder:
     def add_rendered(self, prompt: str, sources: dict[str, list[Any]]) -> None:
         """Take a prompt that is rendered already; its media come from ``sources``, in order."""
         ids = tokenize_with_media(prompt, self.processor.tokenizer)
-        kinds = {v: k for k, v in self.processor.config.media_token_ids.items()}
+        kinds = {MEDIA_IDS[token]: kind for kind, token in MEDIA_TOKENS.items()}
         parts = []
         for kind in (kinds[i] for i in ids if i < 0):
             if not sources[kind]:

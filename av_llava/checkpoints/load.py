@@ -19,6 +19,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from av_llava.checkpoints import hf_format
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.tokenizers import load_tokenizer
 from av_llava.checkpoints.towers import Tower, find_tower, hub_folder, read_tensors
@@ -27,7 +28,7 @@ from av_llava.errors import CheckpointError, UsageError
 from av_llava.images import PixelSpec
 from av_llava.modeling import AVLlavaForConditionalGeneration
 from av_llava.vision import tower_weights
-from av_llava.weight_names import ignored
+from av_llava.weight_names import ignored, memory_name
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ def load_checkpoint(
     folder.check_files()
     config, tower = read_config(folder, overwrite_config)
     target = resolve_device(device)
+    renames = dict(hf_format.HF_TO_MEMORY) if hf_format.is_hf_llava_config(folder.config) else None
     with _quiet_loading():
         model, report = AVLlavaForConditionalGeneration.from_pretrained(
             folder.path,
@@ -131,6 +133,7 @@ def load_checkpoint(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             local_files_only=True,
+            key_mapping=renames,
         )
     missing = set(report["missing_keys"])
     if tower is not None and not _has_vision_tower(folder):
@@ -175,6 +178,11 @@ def read_config(
     if data.get("model_type") == AVLlavaConfig.model_type:
         data.pop("model_type")
         return AVLlavaConfig(**data), None
+    if hf_format.is_hf_llava_config(data):
+        config = hf_format.read_hf_config(folder, data)
+        pixels = hf_format.image_processor(folder)
+        inside = Tower("inside the checkpoint", None, config.vision_config, pixels)
+        return _with_preprocessor(config, inside), None
     if is_llava_config(data):
         name = tower_name(data)
         tower = None
@@ -188,6 +196,13 @@ def read_config(
         f"{folder.path / 'config.json'} (model_type {data.get('model_type')!r}) is not a "
         f"checkpoint of the LLaVA family: it names no vision tower (mm_vision_tower)."
     )
+
+
+def memory_keys(folder: CheckpointFolder) -> set[str]:
+    """Names in memory of the tensors in a folder, without those that hold nothing used."""
+    hf = hf_format.is_hf_llava_config(folder.config)
+    rename = hf_format.memory_name if hf else memory_name
+    return {rename(key) for key in folder.keys if not ignored(key)}
 
 
 def _with_marks(config: AVLlavaConfig, folder: CheckpointFolder) -> AVLlavaConfig:
