@@ -16,7 +16,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -414,8 +413,8 @@ class _Splice(torch.autograd.Function):
         for i, source in enumerate(sources):
             copies = layout.by_source[i]
             if _indexed(out, copies):
-                rows = source.to(out) if source.dtype != out.dtype else source
-                if len(rows) != sum(c.n * c.n_runs for c in copies):
+                rows = source.to(out.device, out.dtype, non_blocking=True)
+                if not _covers(copies, len(rows)):
                     rows = rows[_upload(torch.from_numpy(layout.sources(i)), out.device)]
                 out.index_copy_(0, layout.destination(i, out.device), rows)
             else:
@@ -452,7 +451,7 @@ def _gathered(
         return _dst_view(grad, copies[0]).to(device, dtype, non_blocking=True)
     if used == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
-    if _indexed(grad, copies) and used == shape[0] and _ascending(copies):
+    if _indexed(grad, copies) and _covers(copies, shape[0]):
         return grad.index_select(0, layout.destination(source, grad.device)).to(device, dtype)
     make = torch.empty if used == shape[0] else torch.zeros
     out = make(shape, dtype=dtype, device=device)
@@ -461,9 +460,11 @@ def _gathered(
     return out
 
 
-def _ascending(copies: list[_Copy]) -> bool:
-    """Whether the copies take the source's rows in order from the first to the last."""
-    return copies[0].src == 0 and all(a.src + a.n * a.n_runs == b.src for a, b in pairwise(copies))
+def _covers(copies: list[_Copy], n_rows: int) -> bool:
+    """Whether the copies take all rows of a source in order."""
+    ends = [c.src + c.n * c.n_runs for c in copies]
+    starts = [c.src for c in copies[1:]]
+    return copies[0].src == 0 and ends[:-1] == starts and ends[-1] == n_rows
 
 
 def _zero_padding(out: Tensor, plan: SplicePlan) -> None:

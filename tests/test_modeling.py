@@ -44,8 +44,11 @@ def test_a_batch_gives_the_logits_of_single_runs(kind):
     batch = prepare(processor, prompts)
     mask = batch.media.splice.attention_mask()
     with torch.no_grad():
-        both = model(inputs_embeds=embed(model, batch), attention_mask=mask,
-                     position_ids=batch.media.splice.position_ids()).logits
+        both = model(
+            inputs_embeds=embed(model, batch),
+            attention_mask=mask,
+            position_ids=batch.media.splice.position_ids(),
+        ).logits
         for i, prompt in enumerate(prompts):
             one = prepare(processor, [prompt])
             alone = model(inputs_embeds=embed(model, one)).logits[0]
@@ -99,12 +102,18 @@ def test_labels_follow_the_text_and_every_trainable_part_gets_a_gradient(kind):
     model.train()
     talk = normalize_messages(
         [
-            {"role": "user", "content": [{"type": "video", "video": FRAMES}, {"type": "text", "text": "What?"}]},
+            {
+                "role": "user",
+                "content": [{"type": "video", "video": FRAMES}, {"type": "text", "text": "What?"}],
+            },
             {"role": "assistant", "content": "A ball."},
         ]
     )
     prepared = processor.prepare(
-        [talk], processor.media_options(audio=SOUND), supervised=True, add_generation_prompt=False,
+        [talk],
+        processor.media_options(audio=SOUND),
+        supervised=True,
+        add_generation_prompt=False,
         padding_side="right",
     )
     labels = prepared.media.splice.labels()
@@ -125,9 +134,12 @@ def test_absent_branches_join_the_graph_in_training(media):
     prepared = prepare(processor, [(media, "What?")], padding_side="right")
     model(inputs_embeds=embed(model, prepared)).logits.sum().backward()
     missing = [
-        n for n, p in model.named_parameters()
-        if p.requires_grad and p.grad is None and n.removeprefix("model.vision_tower.") not in
-        {k for k, _ in model.model.vision_tower.idle_parameters()}
+        n
+        for n, p in model.named_parameters()
+        if p.requires_grad
+        and p.grad is None
+        and n.removeprefix("model.vision_tower.")
+        not in {k for k, _ in model.model.vision_tower.idle_parameters()}
     ]
     assert missing == []
 
@@ -145,7 +157,12 @@ def test_frozen_towers_are_not_run_for_absent_media():
 
 def test_generation_with_the_processors_output_returns_prompt_and_answer():
     model, processor = tiny("llama")
-    messages = [{"role": "user", "content": [{"type": "video", "video": FRAMES}, {"type": "text", "text": "What?"}]}]
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "video", "video": FRAMES}, {"type": "text", "text": "What?"}],
+        }
+    ]
     inputs = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, add_generation_prompt=True
     )
@@ -176,7 +193,13 @@ def test_the_llava_door_equals_the_processor():
     expected = embed(model, prepared)
     for given in (ids, [[t for t in ids[0] if t not in (start, end)]]):
         *_, embeds, _ = model.prepare_inputs_labels_for_multimodal(
-            torch.tensor(given), None, None, None, None, [pixels], ["video"],
+            torch.tensor(given),
+            None,
+            None,
+            None,
+            None,
+            [pixels],
+            ["video"],
             audios=[torch.from_numpy(SOUND)],
         )
         torch.testing.assert_close(embeds, expected)
@@ -217,7 +240,13 @@ def test_the_door_checks_modalities(modalities, message):
     model, _ = tiny("llama")
     with pytest.raises(UsageError, match=message):
         model.prepare_inputs_labels_for_multimodal(
-            torch.tensor([[1, -200]]), None, None, None, None, [torch.zeros(1, 3, 56, 56)], modalities
+            torch.tensor([[1, -200]]),
+            None,
+            None,
+            None,
+            None,
+            [torch.zeros(1, 3, 56, 56)],
+            modalities,
         )
 
 
@@ -228,7 +257,13 @@ def test_text_only_samples_may_have_dummy_slots_or_none():
     results = []
     for images in ([image, dummy], [image]):
         *_, embeds, _ = model.prepare_inputs_labels_for_multimodal(
-            ids, None, torch.ones_like(ids), None, None, images, image_sizes=[(56, 56)] * len(images)
+            ids,
+            None,
+            torch.ones_like(ids),
+            None,
+            None,
+            images,
+            image_sizes=[(56, 56)] * len(images),
         )
         results.append(embeds)
     assert torch.equal(*results)
@@ -249,13 +284,21 @@ def test_saving_writes_llava_names_and_loads_back_equal(tmp_path):
 
     import av_llava
 
-    model, processor = tiny("qwen2", aggregator=av_llava.aggregators.settings_of("llava_video_slowfast"),
-                            sequence=SequenceSettings(media_tokens=("frame_end", "newline"), template="qwen_1_5"))
+    model, processor = tiny(
+        "qwen2",
+        aggregator=av_llava.aggregators.settings_of("llava_video_slowfast"),
+        sequence=SequenceSettings(media_tokens=("frame_end", "newline"), template="qwen_1_5"),
+    )
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as f:
         names = set(f.keys())
-    assert {"model.image_newline", "model.faster_token", "model.mm_projector.0.weight", "model.norm.weight"} <= names
+    assert {
+        "model.image_newline",
+        "model.faster_token",
+        "model.mm_projector.0.weight",
+        "model.norm.weight",
+    } <= names
     assert "model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight" in names
     assert not any("language_model" in n or "media_tokens" in n for n in names)
     loaded = av_llava.load(tmp_path, device="cpu")
@@ -282,7 +325,9 @@ def test_auto_classes_load_what_was_saved(tmp_path):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     again = AutoProcessor.from_pretrained(tmp_path)
     assert again.config.to_dict() == processor.config.to_dict() | {
-        k: again.config.to_dict()[k] for k in ("architectures", "dtype", "_name_or_path") if k in again.config.to_dict()
+        k: again.config.to_dict()[k]
+        for k in ("architectures", "dtype", "_name_or_path")
+        if k in again.config.to_dict()
     }
 
 
@@ -292,7 +337,9 @@ def test_gradient_checkpointing_keeps_the_gradients():
 
     def gradient():
         model.zero_grad()
-        model(media=prepared.media, **prepared.tensors, use_cache=False).logits.float().pow(2).mean().backward()
+        model(media=prepared.media, **prepared.tensors, use_cache=False).logits.float().pow(
+            2
+        ).mean().backward()
         return model.model.mm_projector[0].weight.grad.clone()
 
     model.train()
@@ -325,7 +372,8 @@ def test_positions_can_be_laid_out_by_hand():
     planner = model.model.planner
     video = planner.video(3)
     media = planner.batch(
-        [[TextChunk(np.array([1, 2])), MediumRef("video", 0), TextChunk(np.array([3]))]], videos=[video]
+        [[TextChunk(np.array([1, 2])), MediumRef("video", 0), TextChunk(np.array([3]))]],
+        videos=[video],
     )
     assert media.splice.lengths == (3 + video.n_tokens,)
 

@@ -9,11 +9,15 @@ import av_llava
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_importing_costs_no_torch():
-    code = "import sys, av_llava, av_llava.audio, av_llava.aggregators; print('torch' in sys.modules)"
+    code = (
+        "import sys, av_llava, av_llava.audio, av_llava.aggregators; print('torch' in sys.modules)"
+    )
     assert run(code).strip() == "False"
 
 

@@ -19,9 +19,9 @@ WIDTH, VOCAB = 4, 50
 
 def oracle(embed, plan, features):
     """Row by row, with plain indexing."""
-    batch, length = plan.shape
+    length = plan.shape[1]
     rows = []
-    for i, segments in enumerate(plan.samples):
+    for segments in plan.samples:
         content = []
         for s in segments:
             for r in range(s.lo, s.hi):
@@ -88,6 +88,39 @@ def test_splice_equals_oracle_in_values_and_gradients(plan):
     found = torch.autograd.grad(out, [embed.weight, *(ours[k][i] for k, i in names)], seed)
     for f, w in zip(found, wanted, strict=True):
         torch.testing.assert_close(f, w)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches())
+def test_the_indexed_path_of_cuda_equals_the_slices(plan):
+    embed = torch.nn.Embedding(VOCAB, WIDTH)
+    results = []
+    for indexed in (False, True):
+        features = make_features(plan)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "av_llava.splice._indexed", lambda buffer, copies, on=indexed: on and bool(copies)
+            )
+            out = splice(embed, plan, features)
+            leaves = [embed.weight, *(t for items in features.values() for t in items)]
+            seed = torch.arange(out.numel(), dtype=out.dtype).view_as(out)
+            results.append([out, *torch.autograd.grad(out, leaves, seed)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_may_be_taken_out_of_order():
+    parts = [[Segment("video", 0, 4, 6), (np.array([1]), None), Segment("video", 0, 0, 4)]]
+    plan = SplicePlan.build(parts, {"video": [6]})
+    embed = torch.nn.Embedding(VOCAB, WIDTH)
+    for indexed in (False, True):
+        features = make_features(plan)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("av_llava.splice._indexed", lambda buffer, copies, on=indexed: on)
+            out = splice(embed, plan, features)
+            out.sum().backward()
+        assert torch.equal(out, oracle(embed, plan, features))
+        assert (features["video"][0].grad == 1).all()
 
 
 @settings(max_examples=100, deadline=None)
