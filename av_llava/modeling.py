@@ -101,6 +101,7 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
 
     def __init__(self, config: AVLlavaConfig) -> None:
         super().__init__(config)
+        MediaPlanner(config)  # raises now, not in the first forward, when a mark is missing
         width = config.text_config.hidden_size
         self.vision_tower: Any = None
         self.mm_projector: Any = None
