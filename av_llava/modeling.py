@@ -9,7 +9,7 @@ language_model}`` and ``lm_head``; on disk they have LLaVA's names (``weight_nam
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -193,20 +193,35 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
         Returns:
             ``.pooler_output`` is a list of [n_tokens, D], one a video.
         """
-        frames = _rows(pixel_values_videos)
-        patches = self.encode_patches(frames)  # [T, P, D_vision]
-        marks = self.media_tokens()
         before = aggregator.settings.stage == "pre"
-        features = patches if before else self.mm_projector(patches)
-        videos = features.split([plan.frames for plan in plans])
+        encode = self.encode_patches if before else self.encode_images
+        videos = _rows(pixel_values_videos).split([plan.frames for plan in plans])
+        marks = self.media_tokens()
         out = []
-        for video, plan in zip(videos, plans, strict=True):
-            grid = video.unflatten(1, _grid(plan, video.shape[1]))
-            reduced = aggregator.reduce(grid, plan)
+        for features, plan in zip(self._encoded(videos, encode), plans, strict=True):
+            grids = (f.unflatten(1, _grid(plan, f.shape[1])) for f in features)
+            reduced = aggregator.reduce_chunks(grids, plan)
             if before:
                 reduced = reduced.map(self.mm_projector)
             out.append(aggregator.assemble(reduced, plan, marks).tokens)
         return BaseModelOutputWithPooling(pooler_output=out)
+
+    def _encoded(
+        self, videos: Sequence[Tensor], encode: Callable[[Tensor], Tensor]
+    ) -> Iterator[Iterable[Tensor]]:
+        """Features of each video in pieces of consecutive frames.
+
+        What fits the tower at once is encoded at once, over all videos; long videos go piece by
+        piece, so that only pooled patches are kept.
+        """
+        lengths = [len(video) for video in videos]
+        limit = self.config.vision.max_batch
+        if sum(lengths) <= limit:
+            for features in encode(_rows(videos)).split(lengths):
+                yield [features]
+        else:
+            for video in videos:
+                yield (encode(piece) for piece in video.split(limit))
 
     def get_audio_features(
         self, input_features: Any, plans: Sequence[AudioPlan]

@@ -415,3 +415,18 @@ def test_learned_marks_of_sound_survive_saving(tmp_path):
         assert torch.equal(mark, getattr(loaded.model.mm_audio_projector, name)) and mark.std() > 0
     prepared = prepare(processor, [([SOUND], "Hear")])
     assert prepared.media.audios[0].n_tokens == 13 + 1 + 2
+
+
+@pytest.mark.parametrize("spec", ["llava_video", "pllava", "budget:40", "frame_newline"])
+def test_long_videos_are_encoded_in_pieces_with_the_same_result(spec):
+    model, processor = tiny("llama")
+    batch = [([FRAMES, FRAMES[:3]], "<video> or <video>?"), ([FRAMES[1:]], "What?")]
+    prepared = prepare(processor, batch, aggregator=spec)
+    sizes = []
+    model.model.vision_tower.register_forward_hook(lambda m, args, out: sizes.append(len(out)))
+    with torch.no_grad():
+        whole = embed(model, prepared)
+        model.config.vision = model.config.vision.replace(max_batch=4)
+        pieces = embed(model, prepared)
+    assert sizes == [14, 4, 2, 3, 4, 1]
+    torch.testing.assert_close(whole, pieces, atol=1e-6, rtol=1e-5)
