@@ -44,6 +44,7 @@ def make_clip(
     gop: int = 10,
     bframes: int = 0,
     open_gop: bool = False,
+    encoder_params: str = "",
     pix_fmt: str | None = None,
     rotation: int = 0,
     cover_art: bool = False,
@@ -74,6 +75,7 @@ def make_clip(
         gop: frames from one keyframe to the next.
         bframes: consecutive B-frames.
         open_gop: let B-frames cross keyframes (leading pictures).
+        encoder_params: more parameters for x264 or x265, "name=value:name=value".
         pix_fmt: pixel format; chosen from the size by default.
         rotation: counter-clockwise degrees that a player must turn the picture by.
         cover_art: put a still picture beside the film, as music files have.
@@ -98,7 +100,7 @@ def make_clip(
         if video and suffix not in (".m4a", ".wav", ".mp3", ".flac", ".ogg"):
             stream = _video_stream(
                 out, codec or VIDEO_CODECS.get(suffix, "libx264"), size, fps, gop, bframes,
-                open_gop, pix_fmt,
+                open_gop, encoder_params, pix_fmt,
             )  # fmt: skip
             if rotation:
                 stream.set_display_rotation(rotation)
@@ -239,16 +241,19 @@ def _video_stream(
     gop: int,
     bframes: int,
     open_gop: bool,
+    encoder_params: str,
     pix_fmt: str | None,
 ) -> av.VideoStream:
     options = {"g": str(gop)}
     if codec == "libx264":
         # No scene cuts: keyframes then stand exactly every `gop` frames.
         params = f"scenecut=0:keyint={gop}:min-keyint={gop}:open-gop={int(open_gop)}"
+        params += f":{encoder_params}" if encoder_params else ""
         options = {"preset": "veryfast", "crf": "23", "x264-params": f"{params}:bframes={bframes}"}
     elif codec == "libx265":
         params = f"scenecut=0:keyint={gop}:min-keyint={gop}:open-gop={int(open_gop)}"
         params += f":bframes={bframes}:log-level=none:pools=1"
+        params += f":{encoder_params}" if encoder_params else ""
         options = {"preset": "ultrafast", "x265-params": params}
     elif codec == "libvpx-vp9":
         options |= {"deadline": "realtime", "cpu-used": "8"}

@@ -7,7 +7,6 @@ plus the (resized) output. `auto` decodes with PyAV and, if that yields nothing,
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +29,7 @@ from av_llava.media.pyav_reader import PyAVReader
 from av_llava.media.source import LocalFile, Source, is_remote, local_file
 from av_llava.media.table import FrameTable, scan_table
 from av_llava.media.types import FrameBatch
-from av_llava.media.worker import can_be_sent, in_worker, run_in_worker
+from av_llava.media.worker import CallHere, in_worker, run_in_worker
 from av_llava.sampling import check_window, choose_frames, shown_at, window_indices
 from av_llava.settings import SamplingSettings
 
@@ -311,26 +310,22 @@ def _in_worker(
     limits: Limits,
     threads: int | None,
 ) -> FrameBatch:
-    """Read in a worker; a resize function that cannot be sent there is applied here."""
-    there = resize if resize is None or can_be_sent(resize) else None
-    batch = run_in_worker(
+    """Read in a worker, which hands each frame over for resizing here.
+
+    So the resize function may be anything, the worker never imports what it needs (torch), and
+    memory stays flat in both processes.
+    """
+    return run_in_worker(
         read_local,
         backend,
         file,
         request,
-        there,
+        None if resize is None else CallHere(resize),
         limits,
         threads,
         timeout_s=limits.max_decode_s + _WORKER_GRACE_S,
         what=file.name,
     )
-    if resize is None or there is not None:
-        return batch
-    stack = FrameStack(np.arange(len(batch)), resize, limits, file.name)
-    for index, (time_s, picture) in enumerate(zip(batch.pts_s, batch.frames)):
-        stack.add(index, float(time_s), picture)
-    frames, pts_s = stack.result()
-    return dataclasses.replace(batch, frames=frames, pts_s=pts_s)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
 from av_llava.errors import AVLlavaError, MediaError, UsageError
@@ -37,6 +38,7 @@ _START = (
     "from av_llava.media.worker import serve; serve()"
 )
 _inside = False
+_pipes: tuple[IO[bytes], IO[bytes]]
 
 
 def run_in_worker(
@@ -46,6 +48,8 @@ def run_in_worker(
 
     Args:
         fn: function of an importable module.
+        args: a function of one argument that cannot or should not run in the worker is wrapped
+            in `CallHere`: the worker calls it, it runs here.
         timeout_s: seconds after which the worker is killed.
         what: the file's name for error messages; the first argument by default.
 
@@ -55,6 +59,9 @@ def run_in_worker(
         Exception: what ``fn`` raised; errors of this package keep their type.
     """
     name = what if what is not None else str(args[0]) if args else str(fn)
+    functions: list[Callable[[Any], Any]] = []
+    args = tuple(_remote(value, functions) for value in args)
+    kwargs = {key: _remote(value, functions) for key, value in kwargs.items()}
     if not can_be_sent((fn, args, kwargs)):
         raise UsageError(
             f"{name}: {fn!r} or an argument of it cannot be sent to a worker process. Define "
@@ -63,7 +70,7 @@ def run_in_worker(
     worker = _take()
     done = False
     try:
-        answer = worker.call((fn, args, kwargs), timeout_s, name)
+        answer = worker.call((fn, args, kwargs), functions, timeout_s, name)
         done = True
     finally:
         _give_back(worker) if done else worker.kill()
@@ -87,6 +94,33 @@ def can_be_sent(thing: Any) -> bool:
     return b"__main__" not in data
 
 
+@dataclass(frozen=True)
+class CallHere:
+    """A function of one argument that stays in this process when passed to `run_in_worker`."""
+
+    function: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """The worker's end of a `CallHere`."""
+
+    index: int
+
+    def __call__(self, value: Any) -> Any:
+        calls, answers = _pipes
+        _send(answers, ("ask", self.index, value))
+        return _receive(calls)
+
+
+def _remote(value: Any, functions: list[Callable[[Any], Any]]) -> Any:
+    """Replace a function that stays here by the worker's end of it."""
+    if not isinstance(value, CallHere):
+        return value
+    functions.append(value.function)
+    return _Remote(len(functions) - 1)
+
+
 class _Worker:
     """One process that answers one call at a time."""
 
@@ -98,8 +132,14 @@ class _Worker:
             stdout=subprocess.PIPE,
         )
 
-    def call(self, request: Any, timeout_s: float, name: str) -> tuple[Any, ...]:
-        """Send one call and wait for its answer."""
+    def call(
+        self,
+        request: Any,
+        functions: list[Callable[[Any], Any]],
+        timeout_s: float,
+        name: str,
+    ) -> tuple[Any, ...]:
+        """Send one call, serve the functions that stay here, and wait for the answer."""
         late = threading.Event()
 
         def stop() -> None:
@@ -112,8 +152,10 @@ class _Worker:
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             _send(self.process.stdin, request)
-            answer = _receive(self.process.stdout)
-        except (EOFError, OSError) as error:
+            while (answer := _receive(self.process.stdout))[0] == "ask":
+                _, index, value = answer
+                _send(self.process.stdin, functions[index](value))
+        except (EOFError, BrokenPipeError) as error:
             raise MediaError(self._ending(name, late.is_set(), timeout_s)) from error
         finally:
             timer.cancel()
@@ -193,11 +235,12 @@ if hasattr(os, "register_at_fork"):
 
 def serve() -> None:
     """Answer calls from standard input until it closes; run in the worker process."""
-    global _inside
+    global _inside, _pipes
     _inside = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     # Libraries may print: keep the pipe for answers and send their words to standard error.
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    _pipes = calls, answers
     os.dup2(2, 1)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)

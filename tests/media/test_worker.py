@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from av_llava.errors import MediaError, UsageError
-from av_llava.media.worker import can_be_sent, close_workers, in_worker, run_in_worker
+from av_llava.media.worker import CallHere, can_be_sent, close_workers, in_worker, run_in_worker
 
 
 def test_results_and_reuse() -> None:
@@ -62,6 +62,24 @@ def test_what_cannot_be_sent_is_said() -> None:
     assert can_be_sent(media_jobs.half)
     with pytest.raises(UsageError, match="cannot be sent to a worker"):
         run_in_worker(lambda: 1, timeout_s=30)  # type: ignore[misc]
+
+
+def test_a_function_can_stay_here() -> None:
+    seen: list[int] = []
+
+    def tenfold(value: int) -> int:
+        seen.append(os.getpid())
+        return 10 * value
+
+    assert run_in_worker(media_jobs.ask_back, CallHere(tenfold), [1, 2, 3], timeout_s=30) == 60
+    assert seen == [os.getpid()] * 3
+
+    def fail(value: int) -> int:
+        raise KeyError(value)
+
+    with pytest.raises(KeyError):
+        run_in_worker(media_jobs.ask_back, CallHere(fail), [1], timeout_s=30)
+    assert run_in_worker(media_jobs.add, 1, timeout_s=30) == 1
 
 
 def test_printing_does_not_spoil_the_answer(capfd: pytest.CaptureFixture[str]) -> None:
