@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -135,6 +136,7 @@ def command(
     engine.check_model(loading.model)
     if show_plan:
         return _show_plan(loading, asked, request, output)
+    _check_fit(loading, asked, request)
     loaded = load(loading, output)
     answer = _answer(loaded, asked, request, found, output)
     conclude(answer, output)
@@ -177,6 +179,20 @@ def _answer(
             pass
     assert stream.answer is not None, "a stream that has ended holds its answer"
     return stream.answer
+
+
+def _check_fit(loading: Loading, asked: Inputs, request: Request) -> None:
+    """Plan before weights are loaded, which can take minutes: what does not fit is told now.
+
+    The built-in model loads at once, and addresses would be fetched twice.
+    """
+    if loading.model is None or any(inputs.is_address(word) for word in asked.media):
+        return
+    logging.disable(logging.WARNING)  # the answer will say it again
+    try:
+        engine.plan(loading, asked.media, asked.prompt, request)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _show_plan(loading: Loading, asked: Inputs, request: Request, output: Output) -> int:

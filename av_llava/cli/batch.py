@@ -93,6 +93,10 @@ def run(settings: Settings, loading: Loading, request: Request, output: Output) 
     """
     rows = read_rows(settings.file, request, settings.prompt)
     engine.check_model(loading.model)
+    if settings.prompt == "-":
+        raise UsageError(
+            "--batch does not read standard input; give the prompt with --prompt TEXT."
+        )
     if settings.retry_failed and settings.out is None:
         raise UsageError("--retry-failed needs --out, where the failed rows are.")
     with ExitStack() as stack:

@@ -255,8 +255,9 @@ class Loop:
         """Say what the conversation holds."""
         talk = self.talk
         model = talk.model
+        dtype = str(model.dtype).removeprefix("torch.")
         random = ", random weights" if model.is_random else ""
-        self._say(f"model: {model.name} ({model.device}, {model.dtype}{random})")
+        self._say(f"model: {model.name} ({model.device}, {dtype}{random})")
         self._list()
         self._say(f"turns: {len(talk.history)}")
         if talk.last is not None:

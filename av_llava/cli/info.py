@@ -13,7 +13,7 @@ from av_llava.answers import SCHEMA
 from av_llava.cli import engine, inputs
 from av_llava.cli import options as o
 from av_llava.cli.output import Output, configure_logging
-from av_llava.errors import CheckpointError
+from av_llava.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from av_llava.media import MediaInfo
@@ -22,10 +22,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def command(
-    target: Annotated[
-        str,
-        typer.Argument(metavar="TARGET", hidden=True),
-    ],
+    target: Annotated[str | None, typer.Argument(hidden=True)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: o.Verbose = 0,
 ) -> int:
@@ -40,6 +37,8 @@ def command(
     """
     output = Output(as_json)
     configure_logging(verbose, output)
+    if target is None:
+        raise UsageError("Name a medium or a checkpoint: av-llava info clip.mp4")
     if is_model(target):
         engine.check_model(target)
         data = {"kind": "model", **engine.describe(target)}
@@ -80,7 +79,7 @@ def of_media(target: str) -> dict[str, Any]:
 
 def table(data: dict[str, Any], indent: str = "") -> list[str]:
     """Lay out nested data as aligned lines of name and value; what is unknown is left out."""
-    shown = {k: v for k, v in data.items() if v is not None and v not in ({}, [], ())}
+    shown = {k: v for k, v in data.items() if v is not None and v != {}}
     width = max((len(_title(k)) for k in shown), default=0)
     lines = []
     for key, value in shown.items():
@@ -95,11 +94,11 @@ def table(data: dict[str, Any], indent: str = "") -> list[str]:
     return lines
 
 
-_UNITS = {"_s": "s", "_hz": "Hz", "_fps": "fps", "_bytes": "bytes"}
+_UNITS = {"_s": "s", "_hz": "Hz", "_bytes": "bytes"}
 
 
 def _title(key: str) -> str:
-    for ending in ("_s", "_hz", "_bytes"):
+    for ending in _UNITS:
         key = key.removesuffix(ending)
     return key.removeprefix("n_").replace("_", " ")
 
@@ -108,7 +107,7 @@ def _value(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
-        return ", ".join(str(v) for v in value)
+        return ", ".join(str(v) for v in value) or "none"
     unit = next((u for ending, u in _UNITS.items() if key.endswith(ending)), "")
     if isinstance(value, float):
         text = f"{value:,.3f}".rstrip("0").rstrip(".")

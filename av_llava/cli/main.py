@@ -16,7 +16,7 @@ import typer
 
 import av_llava
 from av_llava.cli import ask, chat, doctor, info
-from av_llava.cli.failures import BROKEN_PIPE, CliError, attempt, failure_of
+from av_llava.cli.failures import BROKEN_PIPE, INTERRUPTED, CliError, attempt, failure_of
 from av_llava.cli.options import usage
 from av_llava.cli.output import discard_stdout, make_output_safe, report
 
@@ -96,6 +96,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         else:
             error.show()
         return error.exit_code
+    except typer.Abort:  # Ctrl-C while words are read, as older versions of typer report it
+        return INTERRUPTED
     except BrokenPipeError:
         discard_stdout()
         return BROKEN_PIPE

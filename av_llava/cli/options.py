@@ -6,6 +6,7 @@ flag that was not given stays None, which leaves the model's own setting.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
@@ -189,6 +190,10 @@ Verbose = Annotated[
 ]
 
 
+def _flag(name: str) -> str:
+    return name.removesuffix("_s").replace("_", "-")
+
+
 ABOUT_MEDIA = (
     "frames",
     "fps",
@@ -236,6 +241,9 @@ class Request:
         Raises:
             UsageError: values that are out of range or do not go together.
         """
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{_flag(name)} must be a number, not {value}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p must be above 0 and at most 1, not {self.top_p:g}.")
         if self.top_p is not None and self.temperature == 0:
@@ -257,8 +265,9 @@ class Request:
     def _check_text_only(self) -> None:
         for name in self.given():
             if name in ABOUT_MEDIA:
-                flag = name.removesuffix("_s").replace("_", "-")
-                raise UsageError(f"--{flag} needs a video, a sound or a picture before the prompt.")
+                raise UsageError(
+                    f"--{_flag(name)} needs a video, a sound or a picture before the prompt."
+                )
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,7 @@ def install(patch: Any = setattr) -> FakeModel:
     """Put the fake behind the commands."""
     model = FakeModel()
     patch(engine, "load", lambda loading: model)
+    patch(engine, "plan", lambda *request: model.log(plan=True))
     patch(engine, "describe", lambda path: {"name": path, "parameters": 7})
     return model
 

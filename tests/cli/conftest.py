@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,18 @@ def mute_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AV_LLAVA_MODEL", "AV_LLAVA_DEBUG", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Undo what one run of the program configures for its whole process."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("av_llava").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -250,6 +250,7 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
         ["--out", "{tmp}"],
         ["--out", "{rows}"],
         ["--retry-failed"],
+        ["--prompt", "-"],
         ["--show-plan"],
         ["word"],
     ],

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from cli_fake import FakeModel
 
+ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, str(Path(__file__).with_name("cli_fake.py"))]
 CTRL_C, CTRL_D = "\x03", "\x04"
 
@@ -107,18 +108,18 @@ pty = pytest.importorskip("pty")
 class Screen:
     """A program at a terminal of its own."""
 
-    def __init__(self, words: list[str], log: Path) -> None:
+    def __init__(self, words: list[str], log: Path, program: list[str]) -> None:
         ours, theirs = pty.openpty()
         self.fd, self.text = ours, ""
         self.log = log
         self.process = subprocess.Popen(
-            [*PROGRAM, *words],
+            [*program, *words],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
             preexec_fn=_take_terminal,
-            env={**os.environ, "FAKE_LOG": str(log), "TERM": "dumb"},
+            env={**os.environ, "FAKE_LOG": str(log), "TERM": "dumb", "PYTHONPATH": str(ROOT)},
         )
         os.close(theirs)
 
@@ -166,8 +167,8 @@ def _take_terminal() -> None:
 def screen(tmp_path: Path) -> Iterator[Callable[..., Screen]]:
     opened: list[Screen] = []
 
-    def start(*words: str) -> Screen:
-        opened.append(Screen(list(words), tmp_path / "log"))
+    def start(*words: str, program: list[str] = PROGRAM) -> Screen:
+        opened.append(Screen(list(words), tmp_path / "log", program))
         return opened[-1]
 
     yield start
@@ -249,3 +250,26 @@ def test_a_file_alone_at_a_terminal_does_not_wait(screen, clip: str) -> None:
     ask = screen("ask", clip)
     ask.wait_for("There is no prompt")
     assert ask.end() == 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_an_answer_of_a_real_model(screen, clip: str) -> None:
+    talk = screen(
+        "chat", clip, "--max-tokens", "3000", program=[sys.executable, "-m", "av_llava.cli"]
+    )
+    talk.wait_for("random", 60)
+    talk.wait_for("> ", 60)
+    talk.send("What happens?\n")
+    talk.wait_for("\n")  # the echo of the question
+    end = time.monotonic() + 30
+    while len(talk.text) < 20:
+        assert time.monotonic() < end and select.select([talk.fd], [], [], 30)[0]
+        talk.text += os.read(talk.fd, 4096).decode(errors="replace")
+    talk.send(CTRL_C)
+    talk.wait_for("[stopped]", 20)
+    talk.wait_for("> ")
+    talk.send("/info\n")
+    talk.wait_for("turns: 1")
+    talk.wait_for("> ")
+    talk.send(CTRL_D)
+    assert talk.end() == 0 and "Traceback" not in talk.text

@@ -66,6 +66,9 @@ def test_only_what_was_given_reaches_the_library() -> None:
         ({"aggregator": "llava_video", "max_visual_tokens": 5}, "not both"),
         ({"aggregator": "llava_vido"}, "llava_video"),
         ({"fps": 0.0}, "fps"),
+        ({"fps": float("inf")}, "--fps"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"top_p": float("nan"), "temperature": 1.0}, "--top-p"),
         ({"backend": "opencv"}, "pyav"),
     ],
 )
