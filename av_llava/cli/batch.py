@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,6 @@ class Tally:
     failed: int = 0
     skipped: int = 0
     skipped_failed: int = 0
-    codes: list[int] = field(default_factory=list)
 
     def line(self) -> str:
         """One line for people."""
