@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "load": "inference",
+    "add_audio": "inference",
     "AVLlava": "inference",
     "Answer": "inference",
     "Session": "sessions",

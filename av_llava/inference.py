@@ -20,6 +20,7 @@ from transformers import LogitsProcessorList
 from av_llava.answers import Answer, MediumUse, Usage
 from av_llava.budgeting import check_context
 from av_llava.chat import Message, normalize_messages
+from av_llava.checkpoints.ears import TowerSource, attach_audio
 from av_llava.checkpoints.load import load_checkpoint, resolve_device, resolve_dtype
 from av_llava.demo_model import build_tiny
 from av_llava.errors import unknown_name
@@ -28,6 +29,7 @@ from av_llava.inspection import RequestPlan, describe, plan
 from av_llava.modeling import AVLlavaForConditionalGeneration
 from av_llava.options import Options, as_media, conversation, with_system
 from av_llava.processor import AVLlavaProcessor, Prepared
+from av_llava.settings import AudioSettings
 
 __all__ = [
     "AVLlava",
@@ -35,6 +37,7 @@ __all__ = [
     "AnswerStream",
     "Options",
     "RequestPlan",
+    "add_audio",
     "as_media",
     "describe",
     "load",
@@ -129,6 +132,11 @@ class AVLlava:
         from av_llava.sessions import Session
 
         return Session(self, media, Options.of(options))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model, configuration and tokenizer to one self-contained folder."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
     # ---------------------------------------------------------------- inside
 
@@ -290,3 +298,21 @@ def load(
     )
     processor = AVLlavaProcessor(loaded.tokenizer, loaded.model.config)
     return AVLlava(loaded.model, processor, str(path))
+
+
+def add_audio(
+    model: AVLlava,
+    tower: TowerSource,
+    projector: AudioSettings | Mapping[str, Any] | str | None = None,
+    seed: int = 0,
+) -> AVLlava:
+    """Give a model that sees ears, in place; see :func:`checkpoints.ears.attach_audio`.
+
+    The projector is fresh: train it before the sound means anything.
+
+    Example:
+        >>> m = av_llava.add_audio(av_llava.load("llava-video"), tower="openai/whisper-large-v3")
+        >>> m.save_pretrained("llava-video-with-ears")
+    """
+    attach_audio(model.model, model.processor, tower, projector, seed)
+    return model
