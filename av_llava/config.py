@@ -11,12 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from av_llava import modalities
 from av_llava.aggregators import settings_for
 from av_llava.audio.configs import BeatsConfig, DualAudioConfig
 from av_llava.errors import CheckpointError, unknown_name
+from av_llava.geometry import parse_pinpoints
 from av_llava.settings import (
     AUDIO_TOKEN_INDEX,
     IMAGE_TOKEN_INDEX,
@@ -53,7 +55,49 @@ _LANGUAGE_MODELS = (
     ("Llama", "llama"),
 )
 
-_PARTS: dict[str, type[Settings]] = {
+# LLaVA's flat names of what is ours, with the part that holds it.
+LLAVA_FIELDS = {
+    "mm_vision_tower": "vision",
+    "vision_tower": "vision",
+    "mm_vision_select_layer": "vision",
+    "mm_vision_select_feature": "vision",
+    "s2": "vision",
+    "s2_scales": "vision",
+    "mm_projector_type": "projector",
+    "image_aspect_ratio": "image",
+    "image_grid_pinpoints": "image",
+    "image_crop_resolution": "image",
+    "image_split_resolution": "image",
+    "mm_patch_merge_type": "image",
+    "mm_spatial_pool_mode": "aggregator",
+    "mm_spatial_pool_stride": "aggregator",
+    "mm_spatial_pool_stage": "aggregator",
+    "mm_newline_position": "aggregator",
+    "add_faster_video": "aggregator",
+    "faster_token_stride": "aggregator",
+    "add_time_instruction": "sampling",
+    "tokenizer_padding_side": "sequence",
+    "tokenizer_model_max_length": "sequence",
+    "use_pos_skipping": "sequence",
+    "pos_skipping_range": "sequence",
+    "mm_use_im_start_end": "sequence",
+    "mm_use_im_patch_token": "sequence",
+}
+# What else stands in LLaVA's files and does not belong to the language model.
+_NOT_TEXT = {
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "force_sample",
+    "torch_dtype",
+    "_name_or_path",
+    "auto_map",
+}
+_NOT_TEXT_PREFIX = re.compile(
+    r"^(mm_|image_|tune_|freeze_|unfreeze_|use_mm|tokenizer_|vision_tower|s2)"
+)
+
+PARTS: dict[str, type[Settings]] = {
     "vision": VisionSettings,
     "projector": ProjectorSettings,
     "image": ImageSettings,
@@ -118,7 +162,7 @@ class AVLlavaConfig(PreTrainedConfig):
             "audio": audio,
             "sequence": sequence,
         }
-        for name, kind in _PARTS.items():
+        for name, kind in PARTS.items():
             part = given[name]
             if not isinstance(part, Settings):
                 part = kind.from_dict(part or {})
@@ -162,7 +206,7 @@ class AVLlavaConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data."""
         out = super().to_dict()
-        for name in _PARTS:
+        for name in PARTS:
             out[name] = getattr(self, name).to_dict()
         return out
 
@@ -186,7 +230,7 @@ class AVLlavaConfig(PreTrainedConfig):
         if vision_config is not None:
             vision_config, vision = as_llava_stores_it(vision_config, vision, n_tower_layers)
         unpad = "unpad" in str(data.get("mm_patch_merge_type") or "flat")
-        faster = data.get("faster_token_stride", 10) if data.get("add_faster_video") else None
+        faster = _whole(data, "faster_token_stride", 10) if data.get("add_faster_video") else None
         tokens = (["newline"] if unpad else []) + (["frame_end"] if faster else [])
         return cls(
             text_config=_text_config(data),
@@ -194,14 +238,16 @@ class AVLlavaConfig(PreTrainedConfig):
             audio_config=audio_config,
             vision=vision,
             projector=ProjectorSettings(kind=data.get("mm_projector_type") or "linear"),
-            image=_image_settings(data),
+            image=_image_settings(data, vision_config),
             aggregator=_aggregator_settings(data, unpad, faster),
             sampling=SamplingSettings(time_instruction=bool(data.get("add_time_instruction"))),
             sequence=SequenceSettings(
                 padding_side=data.get("tokenizer_padding_side") or "right",
-                max_length=data.get("tokenizer_model_max_length"),
+                max_length=_whole(data, "tokenizer_model_max_length", None),
                 position_skipping=(
-                    data.get("pos_skipping_range", 4096) if data.get("use_pos_skipping") else None
+                    _whole(data, "pos_skipping_range", 4096)
+                    if data.get("use_pos_skipping")
+                    else None
                 ),
                 media_tokens=tuple(tokens),
                 use_image_start_end=bool(data.get("mm_use_im_start_end")),
@@ -221,7 +267,10 @@ def is_llava_config(data: Mapping[str, Any]) -> bool:
 
 def tower_name(data: Mapping[str, Any]) -> str | None:
     """The vision tower that a LLaVA ``config.json`` names."""
-    return data.get("mm_vision_tower") or data.get("vision_tower")
+    name = data.get("mm_vision_tower") or data.get("vision_tower")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"mm_vision_tower must be a name or a folder, not {name!r}.")
+    return name
 
 
 def _network_config(data: PreTrainedConfig | Mapping[str, Any] | None) -> Any:
@@ -235,47 +284,57 @@ def _network_config(data: PreTrainedConfig | Mapping[str, Any] | None) -> Any:
         if kind not in CONFIG_MAPPING:
             raise unknown_name("model_type", kind, CONFIG_MAPPING.keys())
         known = CONFIG_MAPPING[kind]
-    return known(**fields)
+    return _built(known, fields)
 
 
-def _text_config(data: Mapping[str, Any]) -> PreTrainedConfig:
-    """The language model's configuration inside LLaVA's flat one."""
-    architecture = (data.get("architectures") or [""])[0]
-    kind = next((k for part, k in _LANGUAGE_MODELS if part in architecture), None)
+def _built(kind: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedConfig:
+    """Make the configuration of a network; what its class objects to is an error of ours."""
+    try:
+        return kind(**fields)
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError) as error:
+        # The hub's strict dataclasses say which field in their own text and why in the cause.
+        why = error.__cause__ if isinstance(error, StrictDataclassError) else None
+        raise CheckpointError(
+            f"The configuration of the {kind.model_type} is wrong: {why or error}"
+        ) from error
+
+
+def language_model_type(data: Mapping[str, Any]) -> str:
+    """``model_type`` of the language model: the architecture says it, else LLaVA's model_type."""
+    architecture = str((data.get("architectures") or [""])[0])
+    name = architecture.lower()
+    kind = next((k for part, k in _LANGUAGE_MODELS if part.lower() in name), None)
     if kind is None:
         suffix = str(data.get("model_type", "")).removeprefix("llava").strip("_")
-        kind = "llama" if suffix in ("", "llama") else {"qwen": "qwen2"}.get(suffix, suffix)
+        # The first LLaVA was a LLaMA; its model_type "llava" says no more.
+        unnamed = "llama" if not architecture else ""
+        kind = {"": unnamed, "qwen": "qwen2"}.get(suffix, suffix)
     if kind not in CONFIG_MAPPING:
         raise CheckpointError(
             f"The language model of architecture {architecture!r} (model_type "
             f"{data.get('model_type')!r}) is not known to transformers."
         )
-    ours = re.compile(r"^(mm_|image_|tune_|freeze_|unfreeze_|use_mm|tokenizer_|vision_tower|s2)")
-    skip = {
-        "model_type",
-        "architectures",
-        "transformers_version",
-        "add_faster_video",
-        "faster_token_stride",
-        "add_time_instruction",
-        "force_sample",
-        "use_pos_skipping",
-        "pos_skipping_range",
-        "tie_word_embeddings",
-        "torch_dtype",
-        "_name_or_path",
-        "auto_map",
+    return kind
+
+
+def _text_config(data: Mapping[str, Any]) -> PreTrainedConfig:
+    """The language model's configuration inside LLaVA's flat one."""
+    kind = language_model_type(data)
+    fields = {
+        k: v
+        for k, v in data.items()
+        if k not in LLAVA_FIELDS and k not in _NOT_TEXT and not _NOT_TEXT_PREFIX.match(k)
     }
-    fields = {k: v for k, v in data.items() if k not in skip and not ours.match(k)}
     fields["tie_word_embeddings"] = bool(data.get("tie_word_embeddings", False))
-    return CONFIG_MAPPING[kind](**fields)
+    if (fields.get("pad_token_id") or 0) < 0:  # the first LLaMA files say -1 for none
+        fields["pad_token_id"] = None
+    return _built(CONFIG_MAPPING[kind], fields)
 
 
 def _vision_settings(
     data: Mapping[str, Any], vision_config: PreTrainedConfig | None
 ) -> VisionSettings:
     s2 = bool(data.get("s2"))
-    scales = str(data.get("s2_scales") or "336,672,1008")
     kind = "clip" if vision_config is None else tower_kind(vision_config, s2)
     half = (0.5, 0.5, 0.5)
     siglip: dict[str, Any] = {"image_mean": half, "image_std": half, "resize": "exact"}
@@ -283,23 +342,45 @@ def _vision_settings(
     return VisionSettings(
         tower=tower_name(data),
         kind=kind,
-        select_layer=data.get("mm_vision_select_layer", -2),
+        select_layer=_whole(data, "mm_vision_select_layer", -2),
         select_feature=data.get("mm_vision_select_feature") or "patch",
-        s2_scales=tuple(int(s) for s in scales.split(",")) if s2 else (),
+        s2_scales=_s2_scales(data) if s2 else (),
         **pixels,
     )
 
 
-def _image_settings(data: Mapping[str, Any]) -> ImageSettings:
+def _s2_scales(data: Mapping[str, Any]) -> tuple[int, ...]:
+    scales = str(data.get("s2_scales") or "336,672,1008").split(",")
+    return tuple(_whole({"Each of s2_scales": s}, "Each of s2_scales", None) for s in scales)
+
+
+def _whole(data: Mapping[str, Any], key: str, default: int | None) -> Any:
+    """A whole number of LLaVA's file, also written as a string; ``default`` for null or none."""
+    value = data.get(key)
+    if value is None:
+        return default
+    try:
+        number = None if isinstance(value, bool) else int(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or (isinstance(value, float) and number != value):
+        raise CheckpointError(f"{key} must be a whole number, not {value!r}.")
+    return number
+
+
+def _image_settings(data: Mapping[str, Any], vision_config: Any) -> ImageSettings:
+    aspect = data.get("image_aspect_ratio") or "square"
     pinpoints = data.get("image_grid_pinpoints") or ()
-    if not isinstance(pinpoints, str):
-        pinpoints = tuple((int(w), int(h)) for w, h in pinpoints)
+    if isinstance(pinpoints, Sequence) and not isinstance(pinpoints, str):
+        pinpoints = tuple(tuple(p) if isinstance(p, (list, tuple)) else p for p in pinpoints)
+    if str(aspect).startswith("anyres") and vision_config is not None:
+        parse_pinpoints(pinpoints, vision_config.image_size)  # wrong ones are found at loading
     return ImageSettings(
-        aspect_ratio=data.get("image_aspect_ratio") or "square",
+        aspect_ratio=aspect,
         patch_merge_type=data.get("mm_patch_merge_type") or "flat",
         grid_pinpoints=pinpoints,
-        crop_resolution=data.get("image_crop_resolution"),
-        split_resolution=data.get("image_split_resolution"),
+        crop_resolution=_whole(data, "image_crop_resolution", None),
+        split_resolution=_whole(data, "image_split_resolution", None),
     )
 
 
@@ -309,7 +390,7 @@ def _aggregator_settings(
     """LLaVA's pooling keys. A folder without them (1.5, 1.6) pools 2x2, the reference's default."""
     return settings_for(
         pool_mode=data.get("mm_spatial_pool_mode") or "average",
-        stride=int(data.get("mm_spatial_pool_stride") or 2),
+        stride=_whole(data, "mm_spatial_pool_stride", 2),
         newline_position=data.get("mm_newline_position") or "one_token",
         faster_stride=faster,
         unpad=unpad,

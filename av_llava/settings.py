@@ -86,6 +86,8 @@ def check_range(name: str, value: float | None, low: float, high: float | None =
     """Raise unless ``value`` is None or lies in ``[low, high]``."""
     if value is None:
         return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UsageError(f"{name} must be a number, not {value!r}.")
     if not value >= low or (high is not None and not value <= high):
         wanted = f"at least {low}" if high is None else f"between {low} and {high}"
         raise UsageError(f"{name} must be {wanted}, not {value!r}.")

@@ -20,6 +20,11 @@ LLAVA_TO_MEMORY = (
     (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
 )
 
+_MEMORY_TO_LLAVA = (
+    (r"^(model\.vision_tower\.vision_tower\.)(?!vision_model\.)", r"\1vision_model."),
+    (r"^model\.(?:media_tokens|language_model)\.", "model."),
+)
+
 # Keys of published files that hold nothing the model uses: buffers that old releases saved, the
 # SigLIP pooling head, and LLaVA's inert resampler.
 IGNORED = (
@@ -34,6 +39,15 @@ IGNORED = (
 def memory_name(key: str) -> str:
     """The name in memory of a key on disk."""
     for pattern, target in LLAVA_TO_MEMORY:
+        renamed, count = re.subn(pattern, target, key)
+        if count:
+            return renamed
+    return key
+
+
+def disk_name(key: str) -> str:
+    """The name on disk of a key in memory; a name on disk stays as it is."""
+    for pattern, target in _MEMORY_TO_LLAVA:
         renamed, count = re.subn(pattern, target, key)
         if count:
             return renamed

@@ -158,7 +158,7 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
 
 def _keys(file: Path) -> list[str]:
     """Names in a file of tensors; their data are not read."""
-    return safetensors_keys(file) if file.suffix == ".safetensors" else list(load_pickle(file))
+    return safetensors_keys(file) if file.suffix == ".safetensors" else list(load_bin(file))
 
 
 def safetensors_keys(file: Path) -> list[str]:
@@ -174,31 +174,45 @@ def safetensors_keys(file: Path) -> list[str]:
         ) from error
 
 
-def load_pickle(file: Path) -> dict[str, Any]:
-    """Load a ``.bin`` or ``.pt`` file of tensors without running code from it.
+def load_bin(file: Path) -> dict[str, Any]:
+    """Tensors by name from a ``.bin`` file; see :func:`load_pickle`.
+
+    Raises:
+        CheckpointError: it is damaged, or it holds anything else.
+    """
+    import torch
+
+    data = load_pickle(file)
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"{file} holds an object of type {type(data).__name__}, not tensors by name."
+        )
+    for key, value in data.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{file} holds an object of type {type(value).__name__} under {key!r}, where a "
+                f"tensor should be."
+            )
+    return data
+
+
+def load_pickle(file: Path) -> Any:
+    """Load tensors and plain data from a ``.bin`` or ``.pt`` file without running code from it.
 
     The data are mapped, not read, unless the file is of the format before PyTorch 1.6.
 
     Raises:
-        CheckpointError: it is damaged, or it holds more than tensors.
+        CheckpointError: it is damaged, or it holds objects of other kinds.
     """
     import torch
 
     try:
         mapped = zipfile.is_zipfile(file)
-        data = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise unreadable(file, error) from error
     except _PICKLE_FAULTS as error:
         raise CheckpointError(f"{file} cannot be read as tensors: {_fault(error)}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} holds a {type(data).__name__}, not tensors by name.")
-    for key, value in data.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                f"{file} holds a {type(value).__name__} under {key!r}, where a tensor should be."
-            )
-    return data
 
 
 def _fault(error: Exception) -> str:

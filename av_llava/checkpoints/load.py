@@ -7,32 +7,47 @@ used; otherwise :class:`CheckpointError` lists what is wrong. Originals are only
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from av_llava.checkpoints import hf_format
-from av_llava.checkpoints.folder import CheckpointFolder
+from av_llava.checkpoints.folder import CheckpointFolder, read_json, unreadable
+from av_llava.checkpoints.overwrite import overwritten
+from av_llava.checkpoints.target import check_device_map, resolve_device, resolve_dtype
 from av_llava.checkpoints.tokenizers import load_tokenizer
-from av_llava.checkpoints.towers import Tower, find_tower, hub_folder, read_tensors
+from av_llava.checkpoints.towers import Tower, fetch, find_tower, read_tensors
 from av_llava.config import AVLlavaConfig, is_llava_config, tower_name
-from av_llava.errors import CheckpointError, UsageError
+from av_llava.errors import AVLlavaError, CheckpointError, UsageError
 from av_llava.images import PixelSpec
 from av_llava.modeling import AVLlavaForConditionalGeneration
 from av_llava.vision import tower_weights
-from av_llava.weight_names import ignored, memory_name
+from av_llava.weight_names import disk_name, ignored, memory_name
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_KEYS = 12
+# What a wrong value in a file ends in, in transformers, torch, or our own settings.
+_WRONG_VALUES = (
+    AVLlavaError,
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+)
 
 
 @dataclass
@@ -51,49 +66,27 @@ def locate(path: str | Path) -> CheckpointFolder:
     Raises:
         CheckpointError: neither a folder nor a repository that can be reached.
     """
-    local = Path(path).expanduser()
-    if local.is_dir():
+    if not str(path).strip():
+        raise CheckpointError("The path of the checkpoint is empty: give a folder or a hub id.")
+    try:
+        local = Path(path).expanduser()
+        is_folder, is_there = local.is_dir(), local.exists()
+    except OSError as error:
+        raise unreadable(Path(path), error) from error
+    except RuntimeError as error:  # "~name" without such a user
+        raise CheckpointError(f"{str(path)!r} names no folder: {error}") from error
+    if is_folder:
         return CheckpointFolder(local)
-    if local.exists():
+    if is_there:
         raise CheckpointError(f"{local} is a file; a checkpoint is a folder with a config.json.")
-    found = hub_folder(str(path)) if not local.is_absolute() else None
-    if found is None:
+    if local.is_absolute():
+        raise CheckpointError(f"The checkpoint folder {str(path)!r} does not exist.")
+    try:
+        return CheckpointFolder(fetch(str(path)))
+    except CheckpointError as error:
         raise CheckpointError(
-            f"The checkpoint {str(path)!r} is not a folder here, and the hub does not give it "
-            f"(no connection, no such repository, or no permission)."
-        )
-    return CheckpointFolder(found)
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """``auto`` takes CUDA, then Apple's MPS, then the CPU."""
-    if str(device) != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise UsageError(f"Unknown device {device!r}: {error}") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def resolve_dtype(
-    dtype: str | torch.dtype | None, stored: Any, device: torch.device
-) -> torch.dtype:
-    """``auto`` takes the checkpoint's own type, with bfloat16 for float16 on a CPU."""
-    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in (None, "auto"):
-        found = getattr(torch, names.get(str(dtype), str(dtype)), None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise UsageError(f"Unknown dtype {dtype!r}. Known: auto, float32, bfloat16, float16.")
-        return found
-    own = getattr(torch, str(stored).removeprefix("torch."), None) or torch.float32
-    if own is torch.float16 and device.type == "cpu":
-        logger.info("float16 is slow and overflows on a CPU: using bfloat16.")
-        return torch.bfloat16
-    return own
+            f"The checkpoint {str(path)!r} is not a folder here, and not on the hub: {error}"
+        ) from error
 
 
 def load_checkpoint(
@@ -118,42 +111,80 @@ def load_checkpoint(
     Raises:
         CheckpointError: the folder cannot be loaded completely.
     """
+    check_device_map(device_map)
+    target = resolve_device(device)
     folder = locate(path)
     folder.check_files()
-    config, tower = read_config(folder, overwrite_config)
-    target = resolve_device(device)
-    renames = dict(hf_format.HF_TO_MEMORY) if hf_format.is_hf_llava_config(folder.config) else None
-    with _quiet_loading():
-        model, report = AVLlavaForConditionalGeneration.from_pretrained(
-            folder.path,
-            config=config,
-            dtype=resolve_dtype(dtype, config.dtype, target),
-            device_map=device_map,
-            attn_implementation=attn_implementation,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            local_files_only=True,
-            key_mapping=renames,
+    if folder.holds("adapter_config.json"):
+        # transformers would attach it without a word.
+        raise CheckpointError(
+            f"{folder.path} holds an adapter (adapter_config.json) beside full weights. Move one "
+            f"of them to another folder, and load the one that you mean."
         )
+    config, tower = read_config(folder, overwrite_config)
+    with _blamed_on(folder, overwrite_config):
+        target_dtype = resolve_dtype(dtype, config.dtype, target)
+        with torch.device("meta"):  # costs no memory, and shows whether such a model can be made
+            AVLlavaForConditionalGeneration(copy.deepcopy(config))
+    tokenizer = load_tokenizer(folder, config)
+    generation = _generation_config(folder, config)
+    renames = dict(hf_format.HF_TO_MEMORY) if hf_format.is_hf_llava_config(folder.config) else None
+    try:
+        with _quiet_loading():
+            model, report = AVLlavaForConditionalGeneration.from_pretrained(
+                folder.path,
+                config=config,
+                dtype=target_dtype,
+                device_map=device_map,
+                attn_implementation=attn_implementation,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                local_files_only=True,
+                key_mapping=renames,
+            )
+    except (ValueError, ImportError) as error:
+        raise UsageError(
+            f"{folder.path} cannot be loaded with attn_implementation={attn_implementation!r} and "
+            f"device_map={device_map!r}: {error}"
+        ) from error
     missing = set(report["missing_keys"])
     if tower is not None and not _has_vision_tower(folder):
         missing -= fill_vision_tower(model, tower)
     _check_report(folder, missing, report)
-    if not (folder.path / "generation_config.json").exists():
-        # transformers would take LLaVA's config.json for one, with a max_length of 20 in it.
-        model.generation_config = _end_tokens(config)
+    model.generation_config = generation
     if device_map is None:
         model.to(target)
-    return Loaded(model.eval(), load_tokenizer(folder, config), folder.path, tower)
+    return Loaded(model.eval(), tokenizer, folder.path, tower)
 
 
-def _end_tokens(config: AVLlavaConfig) -> GenerationConfig:
-    text = config.text_config
-    return GenerationConfig(
-        bos_token_id=text.bos_token_id,
-        eos_token_id=text.eos_token_id,
-        pad_token_id=text.pad_token_id,
-    )
+def _generation_config(folder: CheckpointFolder, config: AVLlavaConfig) -> GenerationConfig:
+    """The folder's settings of generation, with the special tokens of the language model.
+
+    Without a file of them, transformers would take LLaVA's config.json for one, with a max_length
+    of 20 in it.
+    """
+    text, name = config.text_config, "generation_config.json"
+    generation = GenerationConfig()
+    if folder.holds(name):
+        with _blamed_on(folder, None, name):
+            generation = GenerationConfig.from_dict(read_json(folder.path / name))
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(generation, token) is None:
+            setattr(generation, token, getattr(text, token, None))
+    return generation
+
+
+@contextmanager
+def _blamed_on(
+    folder: CheckpointFolder, overwrite: Mapping[str, Any] | None, name: str = "config.json"
+) -> Iterator[None]:
+    """Turn what a wrong value in a file ends in into an error that names the file."""
+    try:
+        yield
+    except _WRONG_VALUES as error:
+        changed = f" (with overwrite_config of {', '.join(overwrite)})" if overwrite else ""
+        why = str(error) if isinstance(error, AVLlavaError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder.path / name}{changed}: {why}") from error
 
 
 @contextmanager
@@ -174,28 +205,40 @@ def read_config(
     folder: CheckpointFolder, overwrite: Mapping[str, Any] | None = None
 ) -> tuple[AVLlavaConfig, Tower | None]:
     """The configuration of a folder, and its vision tower when the folder only names it."""
-    data = {**folder.config, **(overwrite or {})}
+    data = overwritten(folder.config, overwrite)
     if data.get("model_type") == AVLlavaConfig.model_type:
         data.pop("model_type")
-        return AVLlavaConfig(**data), None
+        with _blamed_on(folder, overwrite):
+            return AVLlavaConfig(**data), None
     if hf_format.is_hf_llava_config(data):
         config = hf_format.read_hf_config(folder, data)
         pixels = hf_format.image_processor(folder)
         inside = Tower("inside the checkpoint", None, config.vision_config, pixels)
         return _with_preprocessor(config, inside), None
     if is_llava_config(data):
-        name = tower_name(data)
-        tower = None
-        if name is not None:
-            tower = find_tower(name, folder.path, weights=not _has_vision_tower(folder))
-        config = AVLlavaConfig.from_llava(
-            data, tower.config if tower else None, n_tower_layers=_tower_layers(folder)
-        )
-        return _with_preprocessor(_with_marks(config, folder), tower), tower
+        return _read_llava(folder, data, overwrite)
     raise CheckpointError(
         f"{folder.path / 'config.json'} (model_type {data.get('model_type')!r}) is not a "
         f"checkpoint of the LLaVA family: it names no vision tower (mm_vision_tower)."
     )
+
+
+def _read_llava(
+    folder: CheckpointFolder, data: dict[str, Any], overwrite: Mapping[str, Any] | None
+) -> tuple[AVLlavaConfig, Tower | None]:
+    """The configuration of a folder in LLaVA's own layout, and its tower."""
+    with _blamed_on(folder, overwrite):
+        name = tower_name(data)
+    tower = None
+    if name is not None:
+        tower = find_tower(name, folder.path, weights=not _has_vision_tower(folder))
+    if "tie_word_embeddings" not in data:  # transformers 4 leaves it out where it is the default
+        data["tie_word_embeddings"] = not folder.has("lm_head.")
+    with _blamed_on(folder, overwrite):
+        config = AVLlavaConfig.from_llava(
+            data, tower.config if tower else None, n_tower_layers=_tower_layers(folder)
+        )
+    return _with_preprocessor(_with_marks(config, folder), tower), tower
 
 
 def memory_keys(folder: CheckpointFolder) -> set[str]:
@@ -217,11 +260,15 @@ def _with_preprocessor(config: AVLlavaConfig, tower: Tower | None) -> AVLlavaCon
     """Take resizing and pixel statistics from the tower's preprocessor file, if it has one."""
     if tower is None or tower.preprocessor is None:
         return config
-    spec = PixelSpec.from_preprocessor_config(tower.preprocessor)
-    if spec.side != tower.config.image_size:
+    try:
+        spec = PixelSpec.from_preprocessor_config(tower.preprocessor)
+        side = spec.side
+    except (UsageError, CheckpointError, ValueError, TypeError) as error:
+        raise CheckpointError(f"preprocessor_config.json of {tower.place}: {error}") from error
+    if side != tower.config.image_size:
         raise CheckpointError(
-            f"The tower {tower.name} takes images of {tower.config.image_size} pixels a side, but "
-            f"its preprocessor_config.json makes {spec.side}."
+            f"The tower {tower.place} takes images of {tower.config.image_size} pixels a side, "
+            f"but its preprocessor_config.json makes {side}."
         )
     mean, std = spec.unit_mean_std
     config.vision = config.vision.replace(
@@ -235,7 +282,11 @@ def _with_preprocessor(config: AVLlavaConfig, tower: Tower | None) -> AVLlavaCon
 
 def _tower_layers(folder: CheckpointFolder) -> int | None:
     """Layers of the vision tower inside the checkpoint; None when it holds no tower."""
-    found = [re.search(r"vision_tower\..*encoder\.layers\.(\d+)\.", k) for k in folder.keys]
+    return _n_layers(k for k in folder.keys if "vision_tower." in k)
+
+
+def _n_layers(keys: Iterable[str]) -> int | None:
+    found = [re.search(r"encoder\.layers\.(\d+)\.", key) for key in keys]
     return max((int(m[1]) + 1 for m in found if m), default=None)
 
 
@@ -248,7 +299,15 @@ def fill_vision_tower(model: AVLlavaForConditionalGeneration, tower: Tower) -> s
     if tower.folder is None:
         raise CheckpointError(f"The weights of the tower {tower.name!r} are not at hand.")
     own = model.model.vision_tower.vision_tower.state_dict()
-    state, left_out = tower_weights(read_tensors(tower.folder), model.model.vision_tower)
+    held = read_tensors(tower.folder)
+    depth = _n_layers(key for key in held if not key.startswith("text_model."))
+    if depth is not None and depth > tower.config.num_hidden_layers:
+        # Layers are counted from the end, so with fewer of them the features would be others.
+        raise CheckpointError(
+            f"The tower {tower.folder} holds {depth} layers, but its config.json says "
+            f"{tower.config.num_hidden_layers}."
+        )
+    state, left_out = tower_weights(held, model.model.vision_tower)
     absent = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     wrong = [
@@ -258,7 +317,7 @@ def fill_vision_tower(model: AVLlavaForConditionalGeneration, tower: Tower) -> s
     ]
     if absent or wrong or unexpected:
         raise CheckpointError(
-            f"The tower {tower.folder} does not fit its configuration. "
+            f"The tower {tower.folder} does not fit its configuration."
             + _listed("Missing", absent)
             + _listed("Unexpected", unexpected)
             + _listed("Wrong shape", wrong)
@@ -279,17 +338,24 @@ def fill_vision_tower(model: AVLlavaForConditionalGeneration, tower: Tower) -> s
 
 def _check_report(folder: CheckpointFolder, missing: set[str], report: Mapping[str, Any]) -> None:
     """Turn transformers' loading report into an error when anything is left over."""
-    unexpected = sorted(k for k in report["unexpected_keys"] if not ignored(k))
+    own = not hf_format.is_hf_llava_config(folder.config)
+    shown = disk_name if own else str
+    unexpected = sorted(shown(k) for k in report["unexpected_keys"] if not ignored(k))
+    unused = sorted(k for k in report["unexpected_keys"] if ignored(k))
+    if unused:
+        logger.info(
+            "%s: %d tensors hold nothing that is used: %s", folder.path, len(unused), unused
+        )
     wrong = [
-        f"{key}: the file has {tuple(found)}, the model needs {tuple(wanted)}"
+        f"{shown(key)}: the file has {tuple(found)}, the model needs {tuple(wanted)}"
         for key, found, wanted in report["mismatched_keys"]
     ]
     if missing or unexpected or wrong:
         raise CheckpointError(
-            f"{folder.path} does not fit its config.json. "
-            + _listed("Missing", sorted(missing))
+            f"{folder.path} does not fit its config.json."
+            + _listed("Missing", sorted(map(shown, missing)))
             + _listed("Unexpected", unexpected)
-            + _listed("Wrong shape", wrong)
+            + _listed("Wrong shape", sorted(wrong))
         )
 
 
@@ -297,4 +363,4 @@ def _listed(title: str, entries: list[str]) -> str:
     if not entries:
         return ""
     more = f" and {len(entries) - _SHOWN_KEYS} more" if len(entries) > _SHOWN_KEYS else ""
-    return f"{title} ({len(entries)}): {'; '.join(entries[:_SHOWN_KEYS])}{more}. "
+    return f" {title} ({len(entries)}): {'; '.join(entries[:_SHOWN_KEYS])}{more}."
