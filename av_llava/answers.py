@@ -37,6 +37,17 @@ class MediumUse:
     warnings: tuple[str, ...] = ()
     """What was wrong with the file and did not stop the answer."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data; what concerns sound is under ``audio``."""
+        out = asdict(self)
+        out["audio"] = {
+            "used": out.pop("audio_reason") is None and self.audio_tokens > 0,
+            "seconds": out.pop("audio_s"),
+            "tokens": out.pop("audio_tokens"),
+            "reason": self.audio_reason,
+        }
+        return out
+
     def line(self) -> str:
         """One short clause for people."""
         if self.kind == "image":
@@ -103,11 +114,5 @@ class Answer:
         """JSON-ready data with the version of its schema."""
         out = asdict(self)
         out["usage"]["prompt_tokens"] = self.usage.prompt_tokens
-        for medium in out["media"]:
-            medium["audio"] = {
-                "used": medium["audio_reason"] is None and medium["audio_tokens"] > 0,
-                "seconds": medium.pop("audio_s"),
-                "tokens": medium.pop("audio_tokens"),
-                "reason": medium.pop("audio_reason"),
-            }
+        out["media"] = [m.to_dict() for m in self.media]
         return {"schema": SCHEMA, **{("answer" if k == "text" else k): v for k, v in out.items()}}

@@ -57,11 +57,13 @@ class AnswerStream:
         try:
             yield from without_stops(self._streamer, self._stops)
         finally:
+            # Also when the caller leaves or is interrupted: what was said has an account.
             self.cancel()
             self._thread.join()
+            if "ids" in self._result:
+                self.answer = self._finish(self._result["ids"], self._cancelled.stopped)
         if "error" in self._result:
             raise self._result["error"]
-        self.answer = self._finish(self._result["ids"], self._cancelled.stopped)
 
 
 def without_stops(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:

@@ -52,6 +52,7 @@ class RequestPlan:
         """JSON-ready data."""
         out = asdict(self)
         out["usage"]["prompt_tokens"] = self.usage.prompt_tokens
+        out["media"] = [m.to_dict() for m in self.media]
         return {"schema": SCHEMA, "plan": out}
 
 

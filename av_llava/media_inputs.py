@@ -21,7 +21,18 @@ from av_llava.chat import MediaPart
 from av_llava.errors import MediaError, UsageError
 from av_llava.geometry import SAMPLE_RATE_HZ
 from av_llava.images import PixelSpec, frame_resizer, frames_to_pixels, image_tiles
-from av_llava.media import FrameBatch, MediaInfo, probe, read_frames, read_image, scan_frames
+from av_llava.media import (
+    DEFAULT_LIMITS,
+    FrameBatch,
+    LocalFile,
+    MediaInfo,
+    fetch,
+    is_remote,
+    probe,
+    read_frames,
+    read_image,
+    scan_frames,
+)
 from av_llava.sampling import choose_frames
 from av_llava.settings import (
     AudioSettings,
@@ -108,8 +119,18 @@ class LoadedVideo:
     warnings: tuple[str, ...] = ()
 
 
+def kept(source: Any) -> Any:
+    """Addresses, bytes and file objects as files, so that they are fetched only once."""
+    remote = isinstance(source, str) and is_remote(source)
+    if remote or isinstance(source, (bytes, bytearray)) or hasattr(source, "read"):
+        return fetch(source, DEFAULT_LIMITS)
+    return source
+
+
 def describe_source(source: Any) -> str:
     """A short name of a source for messages."""
+    if isinstance(source, LocalFile):
+        return source.name
     if isinstance(source, (str, Path)):
         return str(source)
     if isinstance(source, (bytes, bytearray)):
@@ -152,6 +173,7 @@ def load_video(
         decode: whether pixels and samples are read, or only headers.
     """
     options = options.for_part(part)
+    part = replace(part, source=kept(part.source))
     if isinstance(part.source, (np.ndarray, Tensor, list, tuple)):
         return _array_video(part, spec, vision, options, ears)
     start_s, end_s = options.start_s, options.end_s
@@ -275,6 +297,7 @@ def load_sound(
     """Read sound at 16 kHz; None when the file has none and ``strict`` is false."""
     if isinstance(source, (np.ndarray, Tensor)):
         return _array_sound(source, start_s, end_s)
+    source = kept(source)
     if not decode:
         return _planned_sound(probe(source), source, start_s, end_s, strict)
     # The sound ends where the header says, so that plans made from headers are exact; codecs pad
@@ -342,7 +365,9 @@ def _sound_end(info: MediaInfo) -> float | None:
 
 def check_audio_mode(audio: Any) -> None:
     """Refuse a mode that is neither known nor a file."""
-    if isinstance(audio, str) and audio not in AUDIO_MODES and not Path(audio).exists():
+    if not isinstance(audio, str) or audio in AUDIO_MODES or is_remote(audio):
+        return
+    if not Path(audio).expanduser().exists():
         if "/" in audio or "." in audio:
             raise MediaError(f"The sound file {audio} does not exist.")
         check_choice("audio mode", audio, AUDIO_MODES)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from av_llava.chat import MediaPart, Message, TextPart, normalize_messages
 from av_llava.errors import UsageError, unknown_name
-from av_llava.media import probe
-from av_llava.media_inputs import MediaOptions, check_audio_mode
+from av_llava.media import LocalFile, probe
+from av_llava.media_inputs import MediaOptions, check_audio_mode, kept
 from av_llava.processor import AVLlavaProcessor
 
 
@@ -107,14 +107,16 @@ def as_media(media: Any) -> list[MediaPart]:
     if media is None:
         return []
     sources = list(media) if isinstance(media, (list, tuple)) else [media]
-    return [s if isinstance(s, MediaPart) else MediaPart(kind_of(s), s) for s in sources]
+    parts = [s if isinstance(s, MediaPart) else None for s in sources]
+    held = [s if p else kept(s) for p, s in zip(parts, sources, strict=True)]
+    return [p or MediaPart(kind_of(s), s) for p, s in zip(parts, held, strict=True)]
 
 
 def kind_of(source: Any) -> str:
     """image, video or audio, from the content of a source."""
     if isinstance(source, (np.ndarray, Tensor)):
         return {1: "audio", 4: "video"}.get(source.ndim, "image")
-    if isinstance(source, (str, Path, bytes, bytearray)) or hasattr(source, "read"):
+    if isinstance(source, (str, Path, LocalFile)):
         kind = probe(source).kind
         return "video" if kind == "frames" else kind
     return "image"

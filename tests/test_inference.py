@@ -284,3 +284,56 @@ def test_the_time_instruction_is_llava_videos_text(m, clips):
         "These frames are located at 0.00s," in prepared.texts[0]
     )
     assert "related to this video.\nWhat?" in prepared.texts[0]
+
+
+@pytest.fixture
+def server(clips):
+    """The clips by HTTP on this machine, and a log of what was asked for."""
+    import http.server
+    import threading as threads
+
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(clips["sound"].parent))
+
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threads.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}", asked
+        httpd.shutdown()
+        thread.join()
+
+
+def test_an_address_is_fetched_once_for_kind_frames_and_sound(m, clips, server):
+    address, asked = server
+    answer = m.ask(f"{address}/sound.mp4", "What?", max_new_tokens=2)
+    assert asked == ["/sound.mp4"]
+    alone = m.ask(clips["sound"], "What?", max_new_tokens=2)
+    assert (answer.text, answer.usage) == (alone.text, alone.usage)
+    assert answer.media[0].source == f"{address}/sound.mp4"
+    muted = m.ask(clips["mute"], "What?", audio=f"{address}/sound.mp4", max_new_tokens=1)
+    assert muted.media[0].audio_s == pytest.approx(4.0) and asked == ["/sound.mp4"] * 2
+
+
+def test_a_missing_address_is_a_media_error(m, server):
+    with pytest.raises(MediaError, match="nothing.mp4"):
+        m.ask(f"{server[0]}/nothing.mp4", "What?")
+
+
+def test_fetched_copies_are_removed(m, clips, server, tmp_path, monkeypatch):
+    import gc
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    m.ask([f"{server[0]}/sound.mp4", clips["mute"].read_bytes()], "What?", max_new_tokens=1)
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []

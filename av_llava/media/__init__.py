@@ -7,7 +7,7 @@ from av_llava.media.audio import read_audio
 from av_llava.media.image import read_image
 from av_llava.media.limits import DEFAULT_LIMITS, Limits
 from av_llava.media.probe import probe
-from av_llava.media.source import LocalFile, Source, is_remote, local_file
+from av_llava.media.source import LocalFile, Source, fetch, is_remote, local_file
 from av_llava.media.table import FrameTable
 from av_llava.media.types import (
     AudioClip,
@@ -38,6 +38,7 @@ __all__ = [
     "Source",
     "VIDEO_BACKENDS",
     "VideoStreamInfo",
+    "fetch",
     "is_remote",
     "local_file",
     "probe",

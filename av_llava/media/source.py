@@ -14,6 +14,7 @@ import re
 import tempfile
 import urllib.parse
 import urllib.request
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,6 @@ from typing import BinaryIO
 from av_llava.errors import MediaError, UsageError
 from av_llava.media.download import download
 from av_llava.media.limits import Limits
-
-Source = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 
 _ADDRESS = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _BLOCK = 1 << 20
@@ -46,10 +45,18 @@ class LocalFile:
 
     path: Path
     name: str
+    remote: bool = False
+    """Whether it came from an address."""
+
+
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | LocalFile
+"""What a caller may hand over."""
 
 
 def describe(source: Source) -> str:
     """Return a short name of a source for messages."""
+    if isinstance(source, LocalFile):
+        return source.name
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -59,7 +66,9 @@ def describe(source: Source) -> str:
 
 
 def is_remote(source: Source) -> bool:
-    """Return whether the source is an HTTP(S) address."""
+    """Return whether the source is an HTTP(S) address, or was fetched from one."""
+    if isinstance(source, LocalFile):
+        return source.remote
     return _scheme(source) in ("http", "https")
 
 
@@ -67,14 +76,15 @@ def is_remote(source: Source) -> bool:
 def local_file(source: Source, limits: Limits) -> Iterator[LocalFile]:
     """Yield the source as a local file; a fetched or spooled copy is removed afterwards.
 
-    To read one address several times (picture, then sound), open this block once and pass the
-    path on.
+    To read one address several times (picture, then sound), `fetch` it once.
 
     Raises:
         MediaError: missing, empty, too large, a device, another protocol, or a playlist.
     """
     name = describe(source)
-    if is_remote(source):
+    if isinstance(source, LocalFile):
+        yield checked(source, limits)
+    elif is_remote(source):
         with _temporary(re.split(r"[?#]", str(source))[0]) as copy:
             download(str(source), copy, limits)
             yield checked(LocalFile(copy, name), limits)
@@ -84,6 +94,23 @@ def local_file(source: Source, limits: Limits) -> Iterator[LocalFile]:
         with _temporary("") as copy:
             _spool(source, copy, name, limits)
             yield checked(LocalFile(copy, name), limits)
+
+
+def fetch(source: Source, limits: Limits) -> LocalFile:
+    """Return an address, bytes or a file object as a file that can be read several times.
+
+    The copy is removed when the returned object is no longer used.
+    """
+    remote = is_remote(source)
+    handle, path = tempfile.mkstemp(prefix="av-llava-")
+    os.close(handle)
+    file = LocalFile(Path(path), describe(source), remote)
+    weakref.finalize(file, Path(path).unlink, missing_ok=True)
+    if remote:
+        download(str(source), file.path, limits)
+    else:
+        _spool(source, file.path, file.name, limits)
+    return checked(file, limits)
 
 
 def checked(file: LocalFile, limits: Limits) -> LocalFile:
@@ -158,7 +185,7 @@ def _spool(source: Source, path: Path, name: str, limits: Limits) -> None:
     """Copy bytes or a file object (from its beginning, where it can seek) to a file."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         source = io.BytesIO(source)
-    if isinstance(source, (str, os.PathLike)) or not hasattr(source, "read"):
+    if isinstance(source, (str, os.PathLike, LocalFile)) or not hasattr(source, "read"):
         raise UsageError(
             f"A medium must be a path, an address, bytes or a binary file object, "
             f"not {type(source).__name__}."
