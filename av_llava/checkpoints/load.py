@@ -37,6 +37,7 @@ from av_llava.weight_names import disk_name, ignored, memory_name
 logger = logging.getLogger(__name__)
 
 _SHOWN_KEYS = 12
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # What a wrong value in a file ends in, in transformers, torch, or our own settings.
 _WRONG_VALUES = (
     AVLlavaError,
@@ -128,25 +129,13 @@ def load_checkpoint(
             AVLlavaForConditionalGeneration(copy.deepcopy(config))
     tokenizer = load_tokenizer(folder, config)
     generation = _generation_config(folder, config)
-    renames = dict(hf_format.HF_TO_MEMORY) if hf_format.is_hf_llava_config(folder.config) else None
-    try:
-        with _quiet_loading():
-            model, report = AVLlavaForConditionalGeneration.from_pretrained(
-                folder.path,
-                config=config,
-                dtype=target_dtype,
-                device_map=device_map,
-                attn_implementation=attn_implementation,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                local_files_only=True,
-                key_mapping=renames,
-            )
-    except (ValueError, ImportError) as error:
-        raise UsageError(
-            f"{folder.path} cannot be loaded with attn_implementation={attn_implementation!r} and "
-            f"device_map={device_map!r}: {error}"
-        ) from error
+    model, report = materialise(
+        folder,
+        config,
+        dtype=target_dtype,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+    )
     missing = set(report["missing_keys"])
     if tower is not None and not _has_vision_tower(folder):
         missing -= fill_vision_tower(model, tower)
@@ -155,6 +144,43 @@ def load_checkpoint(
     if device_map is None:
         model.to(target)
     return Loaded(model.eval(), tokenizer, folder.path, tower)
+
+
+def materialise(
+    folder: CheckpointFolder,
+    config: AVLlavaConfig,
+    *,
+    dtype: torch.dtype,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+) -> tuple[AVLlavaForConditionalGeneration, dict[str, Any]]:
+    """Make the model and read a folder's weights into it.
+
+    Returns:
+        The model, and transformers' report of missing, unexpected and mismatched keys.
+    """
+    renames = dict(hf_format.HF_TO_MEMORY) if hf_format.is_hf_llava_config(folder.config) else None
+    try:
+        with _quiet_loading():
+            model, report = AVLlavaForConditionalGeneration.from_pretrained(
+                folder.path,
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                attn_implementation=attn_implementation,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                local_files_only=True,
+                key_mapping=renames,
+            )
+    except (ValueError, ImportError) as error:
+        tied = isinstance(device_map, Mapping) and config.tie_word_embeddings
+        hint = " Its embeddings and head are one matrix: place them together." if tied else ""
+        raise UsageError(
+            f"{folder.path} cannot be loaded with attn_implementation={attn_implementation!r} and "
+            f"device_map={device_map!r}: {error}{hint}"
+        ) from error
+    return model, report
 
 
 def _generation_config(folder: CheckpointFolder, config: AVLlavaConfig) -> GenerationConfig:
@@ -171,6 +197,10 @@ def _generation_config(folder: CheckpointFolder, config: AVLlavaConfig) -> Gener
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation, token) is None:
             setattr(generation, token, getattr(text, token, None))
+    if not generation.do_sample:
+        # Published files hold temperatures without sampling, which transformers refuses to save.
+        for name in _SAMPLING:
+            setattr(generation, name, None)
     return generation
 
 
