@@ -29,12 +29,14 @@ from clips import make_clip
 from docs_tables import FAMILIES, PAGES, ROOT, TABLES
 from golden_data import FULL, golden
 from PIL import Image
+from transformers import WhisperModel
 
 import av_llava
 from av_llava import errors
 from av_llava.aggregators import PRESETS
 from av_llava.answers import Answer, Usage
 from av_llava.cli import main as cli
+from av_llava.demo_model import tiny_config, tiny_tokenizer
 
 torch.set_num_threads(1)
 
@@ -91,6 +93,9 @@ def with_files(folder: Path) -> Path:
     case = golden("llava/sf_odd_stride3_average")
     shutil.copytree(case / "checkpoint", folder / "checkpoints" / "my-llava-video")
     shutil.copytree(case / "vision_tower_siglip", folder / "checkpoints" / "vision_tower_siglip")
+    WhisperModel(tiny_config(tiny_tokenizer()).audio_config).save_pretrained(
+        folder / "checkpoints" / "whisper"
+    )
     return folder
 
 
