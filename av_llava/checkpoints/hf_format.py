@@ -70,8 +70,9 @@ def read_hf_config(folder: CheckpointFolder, data: Mapping[str, Any]) -> AVLlava
         folder: where ``tokenizer_config.json`` and the processor's files are.
         data: of ``config.json``, changed or not.
     """
-    tokenizer = folder.path / "tokenizer_config.json"
-    side = read_json(tokenizer).get("padding_side") if tokenizer.exists() else None
+    tokenizer = "tokenizer_config.json"
+    held = folder.holds(tokenizer)
+    side = read_json(folder.path / tokenizer).get("padding_side") if held else None
     pixels = image_processor(folder)
     videos = _processor_part(folder, "video_processor", "video_preprocessor_config.json")
     for name in ("image_mean", "image_std", "size", "resample"):
@@ -94,9 +95,9 @@ def image_processor(folder: CheckpointFolder) -> dict[str, Any] | None:
 
 def _processor_part(folder: CheckpointFolder, part: str, old_name: str) -> dict[str, Any] | None:
     """A part of ``processor_config.json``, or its own file, as transformers 4 wrote it."""
-    whole = folder.path / "processor_config.json"
-    found = read_json(whole).get(part) if whole.exists() else None
-    if found is None and (folder.path / old_name).exists():
+    whole = "processor_config.json"
+    found = read_json(folder.path / whole).get(part) if folder.holds(whole) else None
+    if found is None and folder.holds(old_name):
         found = read_json(folder.path / old_name)
     return found
 
