@@ -68,8 +68,11 @@ class AVLlava:
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings are."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[return-value]
+        """Where the embeddings are; where they are computed, if they are offloaded."""
+        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore
+        if device.type == "meta":
+            return torch.device(self.model._hf_hook.execution_device)
+        return device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -156,6 +156,8 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
         """Tower only. [N, 3, H, W] to [N, P, D_vision]."""
         if self.vision_tower is None:
             raise UsageError("This model has no vision tower: it cannot take images or videos.")
+        if pixels.is_floating_point():
+            pixels = pixels.to(self.vision_tower.dtype)  # the tower answers in the type it is given
         return self.vision_tower(pixels)
 
     def get_image_features(

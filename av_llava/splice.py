@@ -529,6 +529,8 @@ def splice(
         parameters = iter(embed.parameters()) if isinstance(embed, torch.nn.Module) else iter(())
         first = next(iter(tensors), None)
         device = (first if first is not None else next(parameters)).device
+        if device.type == "meta" and hasattr(embed, "_hf_hook"):
+            device = torch.device("cpu")  # offloaded: accelerate's hook takes the ids from there
     text = embed(_upload(torch.from_numpy(plan.text_ids), torch.device(device)))
     _check(plan, features, text.shape[1])
     names = [(TEXT, 0)]

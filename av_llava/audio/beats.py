@@ -67,10 +67,10 @@ class BeatsAttention(nn.Module):
         if has_table:  # one for all layers
             self.relative_attention_bias = nn.Embedding(config.num_buckets, self.heads)
 
-    def position_bias(self, length: int) -> Tensor:
+    def position_bias(self, length: int, device: torch.device | None = None) -> Tensor:
         """Bias of every pair of positions before gating, [H, L, L]."""
         table = self.relative_attention_bias
-        distance = torch.arange(1 - length, length, device=table.weight.device)
+        distance = torch.arange(1 - length, length, device=device)
         buckets = _bucket(distance, self.config.num_buckets, self.config.max_distance)
         values = table(buckets).T  # [H, 2 L - 1], by distance key - query
         # Row q of the matrix is values[:, L - 1 - q : 2 L - 1 - q].
@@ -134,7 +134,7 @@ class BeatsTransformer(nn.Module):
             x = x * valid[:, :, None]
             hidden = ~valid[:, None, None, :]
         x = self.layer_norm(x + self.pos_conv(x))
-        bias = cast(BeatsLayer, self.layers[0]).self_attn.position_bias(x.shape[1])
+        bias = cast(BeatsLayer, self.layers[0]).self_attn.position_bias(x.shape[1], x.device)
         for layer in self.layers:
             x = layer(x, bias, hidden)
         return x

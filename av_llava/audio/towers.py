@@ -120,20 +120,25 @@ class AudioTower(nn.Module, ABC):
             )
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         with torch.set_grad_enabled(trains):
-            frames = self.encode(features.to(self.device, self.dtype, non_blocking=True), lengths)
+            frames = self.encode(self._at_weights(features).to(self.dtype), lengths)
         return frames, self.out_lengths(lengths)
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
         """Output frames that hold sound, for ``lengths`` [N] input frames that do."""
         return _out_lengths(lengths, self.geometry)
 
+    def _at_weights(self, tensor: Tensor) -> Tensor:
+        """Move a tensor to the weights; weights that are offloaded come to the tensor instead."""
+        device = self.device
+        return tensor if device.type == "meta" else tensor.to(device, non_blocking=True)
+
     def _valid(self, lengths: Tensor, geometry: AudioGeometry | None = None) -> Tensor | None:
         """True at output frames that hold sound, [N, L]; None when padding is attended to."""
         if not self.settings.mask_padding:
             return None
         geometry = geometry or self.geometry
-        valid = _out_lengths(lengths, geometry).to(self.device, non_blocking=True)
-        return torch.arange(geometry.frames_per_chunk, device=self.device) < valid[:, None]
+        valid = self._at_weights(_out_lengths(lengths, geometry))
+        return torch.arange(geometry.frames_per_chunk, device=valid.device) < valid[:, None]
 
 
 def _out_lengths(lengths: Tensor, geometry: AudioGeometry) -> Tensor:
@@ -179,7 +184,7 @@ class WhisperTower(AudioTower):
         encoder = self.audio_tower
         x = F.gelu(encoder.conv1(features))
         x = F.gelu(encoder.conv2(x)).transpose(1, 2)
-        x = x + encoder.embed_positions.weight
+        x = x + encoder.embed_positions(torch.arange(x.shape[1], device=x.device))
         x = F.dropout(x, encoder.dropout, self.training)
         mask = _key_mask(valid, x.dtype, encoder.config._attn_implementation)
         for layer in encoder.layers:
