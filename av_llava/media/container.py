@@ -50,10 +50,12 @@ def open_container(file: LocalFile, deadline: Deadline) -> Iterator[InputContain
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
     try:
         # "file:" keeps a name such as "concat:a|b" or "https:x" from being read as a protocol.
+        # container_options, not options: PyAV before 17.1 handed those to streams that it had not
+        # counted, and crashed.
         container = av.open(
             f"file:{file.path}",
             mode="r",
-            options=options,
+            container_options=options,
             timeout=deadline.left_s,
             **_TOLERATE_TAGS,
         )
