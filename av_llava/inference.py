@@ -21,7 +21,8 @@ from av_llava.answers import Answer, MediumUse, Usage
 from av_llava.budgeting import check_context
 from av_llava.chat import Message, normalize_messages
 from av_llava.checkpoints.ears import TowerSource, attach_audio
-from av_llava.checkpoints.load import load_checkpoint, resolve_device, resolve_dtype
+from av_llava.checkpoints.partial import load_any
+from av_llava.checkpoints.target import resolve_device, resolve_dtype
 from av_llava.demo_model import build_tiny
 from av_llava.errors import unknown_name
 from av_llava.generation import AnswerStream, Finite
@@ -271,6 +272,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = "auto",
     *,
+    base: str | Path | None = None,
     attn_implementation: str | None = None,
     device_map: Any = None,
     overwrite_config: Mapping[str, Any] | None = None,
@@ -280,6 +282,8 @@ def load(
     Args:
         path: folder or hub id; None loads the default model, which until trained weights ship
             is a tiny one with random weights (``.is_random`` says so).
+        base: the language model or checkpoint that an adapter, a LoRA or a projector-only folder
+            stands on; None takes what the folder names.
         device: auto, cpu, cuda, cuda:1, mps.
         dtype: auto, float32, bfloat16, float16.
         attn_implementation: sdpa (default), eager, flash_attention_2.
@@ -291,8 +295,9 @@ def load(
         target = resolve_device(device)
         model = model.to(target, resolve_dtype(dtype, "float32", target)).eval()
         return AVLlava(model, processor, "av-llava tiny (random weights)", is_random=True)
-    loaded = load_checkpoint(
+    loaded = load_any(
         path,
+        base,
         device=device,
         dtype=dtype,
         attn_implementation=attn_implementation,

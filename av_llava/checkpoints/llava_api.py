@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from av_llava.budgeting import context_length
-from av_llava.checkpoints.load import load_checkpoint
+from av_llava.checkpoints.partial import load_any
 from av_llava.errors import UsageError
 from av_llava.processor import AVLlavaProcessor
 
@@ -26,11 +26,11 @@ def load_pretrained_model(
     attn_implementation: str | None = None,
     overwrite_config: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, AVLlavaProcessor, int]:
-    """Load a full checkpoint.
+    """Load a checkpoint.
 
     Args:
         model_path: folder or hub id.
-        model_base: not supported yet (adapters and projector-only folders).
+        model_base: what an adapter, a LoRA or a projector-only folder stands on.
         model_name: accepted and ignored: what a checkpoint is comes from its content.
         load_8bit, load_4bit: not supported yet.
         device_map: of accelerate.
@@ -43,13 +43,11 @@ def load_pretrained_model(
         tokenizer, model, processor (with LLaVA's ``preprocess``), context length in tokens.
     """
     del model_name
-    for given, what in ((model_base, "model_base"), (load_8bit or load_4bit, "8 or 4 bits")):
-        if given:
-            raise UsageError(
-                f"Loading with {what} is not supported yet: give the folder of a full checkpoint."
-            )
-    loaded = load_checkpoint(
+    if load_8bit or load_4bit:
+        raise UsageError("Loading in 8 or 4 bits is not supported yet: leave it out.")
+    loaded = load_any(
         model_path,
+        model_base,
         device=device or "auto",
         dtype=dtype or "auto",
         device_map=device_map,

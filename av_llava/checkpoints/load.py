@@ -128,7 +128,7 @@ def load_checkpoint(
         with torch.device("meta"):  # costs no memory, and shows whether such a model can be made
             AVLlavaForConditionalGeneration(copy.deepcopy(config))
     tokenizer = load_tokenizer(folder, config)
-    generation = _generation_config(folder, config)
+    generation = generation_config(folder, config)
     model, report = materialise(
         folder,
         config,
@@ -139,7 +139,7 @@ def load_checkpoint(
     missing = set(report["missing_keys"])
     if tower is not None and not _has_vision_tower(folder):
         missing -= fill_vision_tower(model, tower)
-    _check_report(folder, missing, report)
+    check_report(folder, missing, report)
     model.generation_config = generation
     if device_map is None:
         model.to(target)
@@ -183,7 +183,7 @@ def materialise(
     return model, report
 
 
-def _generation_config(folder: CheckpointFolder, config: AVLlavaConfig) -> GenerationConfig:
+def generation_config(folder: CheckpointFolder, config: AVLlavaConfig) -> GenerationConfig:
     """The folder's settings of generation, with the special tokens of the language model.
 
     Without a file of them, transformers would take LLaVA's config.json for one, with a max_length
@@ -192,8 +192,9 @@ def _generation_config(folder: CheckpointFolder, config: AVLlavaConfig) -> Gener
     text, name = config.text_config, "generation_config.json"
     generation = GenerationConfig()
     if folder.holds(name):
+        data = read_json(folder.path / name)
         with _blamed_on(folder, None, name):
-            generation = GenerationConfig.from_dict(read_json(folder.path / name))
+            generation = GenerationConfig.from_dict(data)
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation, token) is None:
             setattr(generation, token, getattr(text, token, None))
@@ -366,7 +367,7 @@ def fill_vision_tower(model: AVLlavaForConditionalGeneration, tower: Tower) -> s
     return {prefix + k for k in own}
 
 
-def _check_report(folder: CheckpointFolder, missing: set[str], report: Mapping[str, Any]) -> None:
+def check_report(folder: CheckpointFolder, missing: set[str], report: Mapping[str, Any]) -> None:
     """Turn transformers' loading report into an error when anything is left over."""
     own = not hf_format.is_hf_llava_config(folder.config)
     shown = disk_name if own else str
