@@ -63,6 +63,19 @@ class MediaPlan:
         return "audio" if self.audios else "none"
 
 
+def check_token_ids(ids: np.ndarray | Sequence[int], config: AVLlavaConfig) -> None:
+    """Raise unless the embedding matrix has a row for each of some host ids.
+
+    Tokenizers may hold more tokens than the model was made for.
+    """
+    rows, largest = config.text_config.vocab_size, int(np.max(ids, initial=0))
+    if largest >= rows:
+        raise UsageError(
+            f"The prompt holds the token {largest}, but the embedding matrix has {rows} rows: the "
+            f"tokenizer has tokens that the model does not know. Leave that token out."
+        )
+
+
 class MediaPlanner:
     """Plans media for one configuration.
 
@@ -167,6 +180,7 @@ class MediaPlanner:
             supervised=supervised,
             padding_side=padding_side,
         )
+        check_token_ids(splice.text_ids, self.config)
         if max_length is not None:
             splice = splice.truncated(max_length)
         return MediaPlan(splice, self.aggregator, tuple(images), tuple(videos), tuple(audios))

@@ -23,6 +23,7 @@ from av_llava.chat import Message, TextPart, tokenize_with_media
 from av_llava.errors import UsageError
 from av_llava.generation import AnswerStream
 from av_llava.options import Options, conversation
+from av_llava.planning import check_token_ids
 
 if TYPE_CHECKING:
     from av_llava.inference import AVLlava
@@ -74,6 +75,7 @@ class Session:
         processor = self.owner.processor
         rendered = processor.template.render(messages, add_generation_prompt=True)
         ids = tokenize_with_media(rendered.text, processor.tokenizer, add_bos=rendered.add_bos)
+        check_token_ids(ids, processor.config)
         last = max(i for i, token in enumerate(ids) if token < 0)
         return ids[last + 1 :]
 
