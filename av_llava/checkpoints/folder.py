@@ -164,10 +164,12 @@ def _keys(file: Path) -> list[str]:
 def safetensors_keys(file: Path) -> list[str]:
     """Names in a safetensors file, from its header."""
     try:
+        file.open("rb").close()  # safetensors calls every refusal "no such file"
+    except OSError as error:
+        raise unreadable(file, error) from error
+    try:
         with safe_open(str(file), framework="pt") as handle:
             return list(handle.keys())
-    except PermissionError as error:
-        raise unreadable(file, error) from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({error}). It is damaged or cut short: fetch it again."
