@@ -32,6 +32,8 @@ class MediumUse:
     """Seconds of sound that were used."""
     audio_tokens: int = 0
     """Tokens that the sound became."""
+    audio_source: str | None = None
+    """File of a video's sound, if that is not the video itself."""
     audio_reason: str | None = None
     """Why no sound was used; None when it was."""
     warnings: tuple[str, ...] = ()
@@ -44,6 +46,7 @@ class MediumUse:
             "used": out.pop("audio_reason") is None and self.audio_tokens > 0,
             "seconds": out.pop("audio_s"),
             "tokens": out.pop("audio_tokens"),
+            "source": out.pop("audio_source"),
             "reason": self.audio_reason,
         }
         return out
@@ -59,6 +62,7 @@ class MediumUse:
         span = f" {self.pts_s[0]:.2f}-{self.pts_s[-1]:.2f} s" if self.pts_s else ""
         sound = (
             f"audio {self.audio_s:.1f} s ({self.audio_tokens} tokens)"
+            + (f" of {self.audio_source}" if self.audio_source else "")
             if self.audio_reason is None
             else f"no audio ({self.audio_reason})"
         )
@@ -94,7 +98,8 @@ class Answer:
     dtype: str = ""
     model: str = ""
     timing_s: dict[str, float] = field(default_factory=dict)
-    """Seconds by stage: media (decode and preprocess), prefill (encode and first pass), decode."""
+    """Seconds by stage: media (decode and preprocess), encode (towers), generate; streams and
+    sessions encode within generate or when they start."""
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from transformers import PreTrainedConfig
+
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import BudgetError, UsageError
 from av_llava.planning import MediaPlanner
@@ -15,13 +17,31 @@ _DEFAULT_CONTEXT = 2048
 
 
 def context_length(config: AVLlavaConfig) -> int:
-    """Positions that the language model can take."""
+    """Positions that the language model can take, rotary scaling included."""
     text = config.text_config
     for name in ("max_sequence_length", "max_position_embeddings"):
         value = getattr(text, name, None)
         if value:
-            return int(value)
+            return int(value * _rope_factor(text))
     return config.sequence.max_length or _DEFAULT_CONTEXT
+
+
+def _rope_factor(text: PreTrainedConfig) -> float:
+    """How far rotary scaling stretches ``max_position_embeddings``.
+
+    Only these two kinds stretch it; for the others (yarn, llama3, ...) the number in the
+    configuration is that after stretching.
+    """
+    rope = getattr(text, "rope_parameters", None) or {}
+    stretches = rope.get("rope_type") in ("linear", "dynamic")
+    return float(rope.get("factor") or 1.0) if stretches else 1.0
+
+
+def frames_that_fit(config: AVLlavaConfig, most: int) -> int:
+    """Frames of one video that leave a quarter of the context free; at least one."""
+    room = context_length(config) * 3 // 4
+    planner = MediaPlanner(config)
+    return max((n for n in range(1, most + 1) if planner.video(n).n_tokens <= room), default=1)
 
 
 def check_room(processor: AVLlavaProcessor, n_prompt: int, max_new_tokens: int) -> int:

@@ -211,6 +211,21 @@ class AVLlavaConfig(PreTrainedConfig):
         return out
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read the JSON data that :meth:`to_dict` gives.
+
+        Raises:
+            CheckpointError: it is of another kind, such as a LLaVA folder's.
+        """
+        kind = config_dict.get("model_type")
+        if kind != cls.model_type:
+            raise CheckpointError(
+                f"A config.json of model_type {kind!r} is not av_llava's own. Load its folder with "
+                f"av_llava.load or av_llava.load_pretrained_model, which look up its towers."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_llava(
         cls,
         data: Mapping[str, Any],
@@ -301,7 +316,10 @@ def _built(kind: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedCo
 
 def language_model_type(data: Mapping[str, Any]) -> str:
     """``model_type`` of the language model: the architecture says it, else LLaVA's model_type."""
-    architecture = str((data.get("architectures") or [""])[0])
+    named = data.get("architectures") or [""]
+    if not isinstance(named, (list, tuple)):
+        raise CheckpointError(f"architectures must be a list of names, not {named!r}.")
+    architecture = str(named[0])
     name = architecture.lower()
     kind = next((k for part, k in _LANGUAGE_MODELS if part.lower() in name), None)
     if kind is None:

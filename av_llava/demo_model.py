@@ -119,10 +119,14 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> AVLlavaConfig:
     )
 
 
-def build_tiny(seed: int = 0) -> tuple[AVLlavaForConditionalGeneration, AVLlavaProcessor]:
+def build_tiny(
+    seed: int = 0, attn_implementation: str | None = None
+) -> tuple[AVLlavaForConditionalGeneration, AVLlavaProcessor]:
     """Make the model and its processor in memory, the same for the same seed."""
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AVLlavaForConditionalGeneration(config)

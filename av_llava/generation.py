@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from av_llava.answers import Answer
-from av_llava.errors import AVLlavaError
+from av_llava.errors import AVLlavaError, UsageError
 
 Run = Callable[..., Tensor]
 """Generates with the given hooks; returns new ids [n]."""
@@ -53,6 +53,8 @@ class AnswerStream:
             self._streamer.end()
 
     def __iter__(self) -> Iterator[str]:
+        if self._thread.ident is not None:
+            raise UsageError("An answer can be streamed once; its text is in .answer afterwards.")
         self._thread.start()
         try:
             yield from without_stops(self._streamer, self._stops)

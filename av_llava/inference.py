@@ -24,7 +24,7 @@ from av_llava.checkpoints.ears import TowerSource, attach_audio
 from av_llava.checkpoints.partial import load_any
 from av_llava.checkpoints.target import resolve_device, resolve_dtype
 from av_llava.demo_model import build_tiny
-from av_llava.errors import unknown_name
+from av_llava.errors import UsageError, unknown_name
 from av_llava.generation import AnswerStream, Finite
 from av_llava.inspection import RequestPlan, describe, plan
 from av_llava.modeling import AVLlavaForConditionalGeneration
@@ -101,6 +101,10 @@ class AVLlava:
     def ask_many(self, media: Any, prompts: Sequence[str], **options: Any) -> list[Answer]:
         """Answer several questions about the same media, which are encoded once."""
         chosen = Options.of(options)
+        if isinstance(prompts, str):
+            raise UsageError("prompts is one string; give a list of questions, or use ask.")
+        if not as_media(media):
+            return self.ask_batch([{"prompt": p} for p in prompts], **options)
         return self.session(media, **options).ask_many(
             prompts, max_new_tokens=chosen.max_new_tokens
         )
@@ -110,6 +114,10 @@ class AVLlava:
     ) -> list[Answer]:
         """Answer rows of ``{"media": ..., "prompt": ...}`` in batches, in their order."""
         chosen = Options.of(options)
+        if isinstance(rows, Mapping):
+            raise UsageError("rows is one mapping; give a list of rows, or use ask.")
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, not {batch_size}.")
         talks = []
         for i, row in enumerate(rows):
             for key in row:
@@ -147,7 +155,10 @@ class AVLlava:
     def prepare(self, talks: Sequence[Sequence[Message]], options: Options) -> tuple[Prepared, int]:
         """The batch, and how many new tokens fit the context after it."""
         prepared = self.processor.prepare(
-            talks, options.media(self.processor), aggregator=options.spec
+            talks,
+            options.media(self.processor),
+            aggregator=options.aggregator,
+            max_visual_tokens=options.max_visual_tokens,
         )
         room = check_context(self.processor, prepared, options.max_new_tokens)
         return prepared, room
@@ -232,7 +243,10 @@ class AVLlava:
             dtype=str(self.dtype).removeprefix("torch."),
             model=self.name,
             timing_s={k: round(v, 4) for k, v in timing.items()},
-            warnings=tuple(w for m in used for w in m.warnings),
+            warnings=(
+                *(w for m in used for w in m.warnings),
+                *options.without_effect([m.kind for m in used]),
+            ),
         )
 
     def _stream(self, messages: Sequence[Message], options: Options) -> AnswerStream:
@@ -291,7 +305,16 @@ def load(
         overwrite_config: values of the folder's ``config.json`` to change.
     """
     if path is None:
-        model, processor = build_tiny()
+        given = {"base": base, "device_map": device_map, "overwrite_config": overwrite_config}
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(f"{name} goes with a path; the default model takes none.")
+        if attn_implementation not in (None, "sdpa", "eager"):
+            raise UsageError(
+                f"The default model runs with attn_implementation 'sdpa' or 'eager', not "
+                f"{attn_implementation!r}."
+            )
+        model, processor = build_tiny(attn_implementation=attn_implementation)
         target = resolve_device(device)
         model = model.to(target, resolve_dtype(dtype, "float32", target)).eval()
         return AVLlava(model, processor, "av-llava tiny (random weights)", is_random=True)

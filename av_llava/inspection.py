@@ -77,7 +77,8 @@ def plan(path: str | Path | None, media: Any, prompt: str, **options: Any) -> Re
     prepared = processor.prepare(
         [conversation(media, prompt, chosen.system)],
         chosen.media(processor),
-        aggregator=chosen.spec,
+        aggregator=chosen.aggregator,
+        max_visual_tokens=chosen.max_visual_tokens,
         decode=False,
     )
     room = check_context(processor, prepared, chosen.max_new_tokens)

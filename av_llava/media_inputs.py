@@ -16,19 +16,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from av_llava.audio.resample import load_audio
 from av_llava.chat import MediaPart
 from av_llava.errors import MediaError, UsageError
-from av_llava.geometry import SAMPLE_RATE_HZ
-from av_llava.images import PixelSpec, frame_resizer, frames_to_pixels, image_tiles
+from av_llava.images import (
+    PixelSpec,
+    frame_resizer,
+    frames_to_pixels,
+    image_tiles,
+    resize_frames,
+    to_rgb,
+)
 from av_llava.media import (
     DEFAULT_LIMITS,
     FrameBatch,
-    LocalFile,
-    MediaInfo,
-    fetch,
+    Limits,
     is_remote,
-    probe,
     read_frames,
     read_image,
     scan_frames,
@@ -40,6 +42,14 @@ from av_llava.settings import (
     SamplingSettings,
     VisionSettings,
     check_choice,
+)
+from av_llava.sound_inputs import (
+    LoadedSound,
+    SoundRequest,
+    describe_source,
+    kept,
+    load_sound,
+    seconds_needed,
 )
 
 AUDIO_MODES = ("auto", "on", "off")
@@ -56,8 +66,8 @@ class MediaOptions:
     """Last second used."""
     audio: Any = "auto"
     """The sound of videos: auto (if there is one), on (must be there), off, or a sound file."""
-    worker: bool = False
-    """Decode in a process that can be killed."""
+    limits: Limits = DEFAULT_LIMITS
+    """What a file may cost."""
 
     def for_part(self, part: MediaPart) -> MediaOptions:
         """These options with what one content part says for itself."""
@@ -77,19 +87,6 @@ class LoadedImage:
     """uint8 [n_tiles, 3, H, W]; None when only planned."""
     n_images: int = 1
     """Images in the same prompt."""
-
-
-@dataclass(frozen=True)
-class LoadedSound:
-    """Sound at 16 kHz."""
-
-    source: str
-    n_samples: int
-    start_s: float
-    waveform: Tensor | None
-    """float32 [S]; None when only planned."""
-    duration_s: float | None = None
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,30 +116,17 @@ class LoadedVideo:
     warnings: tuple[str, ...] = ()
 
 
-def kept(source: Any) -> Any:
-    """Addresses, bytes and file objects as files, so that they are fetched only once."""
-    remote = isinstance(source, str) and is_remote(source)
-    if remote or isinstance(source, (bytes, bytearray)) or hasattr(source, "read"):
-        return fetch(source, DEFAULT_LIMITS)
-    return source
-
-
-def describe_source(source: Any) -> str:
-    """A short name of a source for messages."""
-    if isinstance(source, LocalFile):
-        return source.name
-    if isinstance(source, (str, Path)):
-        return str(source)
-    if isinstance(source, (bytes, bytearray)):
-        return f"<{len(source)} bytes>"
-    return f"<{type(source).__name__}>"
-
-
 def load_image(
-    part: MediaPart, spec: PixelSpec, settings: ImageSettings, *, n_images: int, decode: bool
+    part: MediaPart,
+    spec: PixelSpec,
+    settings: ImageSettings,
+    *,
+    n_images: int,
+    limits: Limits,
+    decode: bool,
 ) -> LoadedImage:
     """Open an image and cut it into tiles, as one of ``n_images`` of its prompt."""
-    picture = part.source if isinstance(part.source, Image.Image) else read_image(part.source)
+    picture = _picture(part.source, limits)
     tiles = torch.from_numpy(image_tiles(picture, spec, settings.for_count(n_images)))
     return LoadedImage(
         describe_source(part.source),
@@ -151,6 +135,15 @@ def load_image(
         tiles if decode else None,
         n_images,
     )
+
+
+def _picture(source: Any, limits: Limits) -> Image.Image:
+    """Open a picture: a Pillow image, uint8 [H, W, 3], or a source."""
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, (np.ndarray, Tensor)):
+        return to_rgb(np.asarray(source))
+    return read_image(source, limits=limits)
 
 
 def load_video(
@@ -173,18 +166,21 @@ def load_video(
         decode: whether pixels and samples are read, or only headers.
     """
     options = options.for_part(part)
-    part = replace(part, source=kept(part.source))
-    if isinstance(part.source, (np.ndarray, Tensor, list, tuple)):
-        return _array_video(part, spec, vision, options, ears)
-    start_s, end_s = options.start_s, options.end_s
-    if decode:
-        resize = frame_resizer(spec, vision.video_preprocess)
+    source = kept(part.source, options.limits)
+    if isinstance(source, (np.ndarray, Tensor, list, tuple)):
+        batch = _array_frames(source, spec, vision, options)
+    elif decode:
         batch = read_frames(
-            part.source, options.sampling, start_s=start_s, end_s=end_s, resize=resize
+            source,
+            options.sampling,
+            start_s=options.start_s,
+            end_s=options.end_s,
+            resize=frame_resizer(spec, vision.video_preprocess),
+            limits=options.limits,
         )
     else:
-        batch = _planned_frames(part.source, options.sampling, start_s, end_s)
-    sound, reason = _sound_of(part, batch.span_s, options, ears, decode)
+        batch = _planned_frames(source, options)
+    sound, reason = _sound_of(source, batch.span_s, options, ears, decode)
     return LoadedVideo(
         source=describe_source(part.source),
         pts_s=tuple(float(t) for t in batch.pts_s),
@@ -198,11 +194,16 @@ def load_video(
     )
 
 
-def _planned_frames(
-    source: Any, sampling: SamplingSettings, start_s: float | None, end_s: float | None
-) -> FrameBatch:
+def _planned_frames(source: Any, options: MediaOptions) -> FrameBatch:
     """The frames that would be read, without their pixels."""
-    table = scan_frames(source, start_s=start_s, end_s=end_s, source_fps=sampling.source_fps)
+    sampling, start_s, end_s = options.sampling, options.start_s, options.end_s
+    table = scan_frames(
+        source,
+        start_s=start_s,
+        end_s=end_s,
+        source_fps=sampling.source_fps,
+        limits=options.limits,
+    )
     chosen = choose_frames(table.pts_s, sampling, start_s, end_s, avg_fps=table.avg_fps)
     return FrameBatch(
         frames=np.empty((0, 0, 0, 3), np.uint8),
@@ -216,151 +217,61 @@ def _planned_frames(
     )
 
 
-def _array_video(
-    part: MediaPart,
-    spec: PixelSpec,
-    vision: VisionSettings,
-    options: MediaOptions,
-    ears: AudioSettings | None,
-) -> LoadedVideo:
-    """Frames that are given as uint8 [T, H, W, 3]; one a second unless ``fps`` says otherwise."""
-    frames = np.stack([np.asarray(f) for f in part.source])
+def _array_frames(
+    source: Any, spec: PixelSpec, vision: VisionSettings, options: MediaOptions
+) -> FrameBatch:
+    """Frames that are given as uint8 [T, H, W, 3], ``source_fps`` (1) a second."""
+    if len(source) == 0:
+        raise MediaError("A video given as frames holds none: at least one frame is needed.")
+    frames = np.stack([np.asarray(f) for f in source])
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         raise MediaError(
             f"A video given as an array must be uint8 [T, H, W, 3], not {frames.dtype} "
             f"{list(frames.shape)}."
         )
-    resize = frame_resizer(spec, vision.video_preprocess)
     fps = options.sampling.source_fps or 1.0
-    keep = np.arange(len(frames))
-    if options.sampling.frames is not None and len(frames) > options.sampling.frames:
-        keep = np.linspace(0, len(frames) - 1, options.sampling.frames).round().astype(int)
-    resized = np.stack([resize(frames[i]) for i in keep])
-    sound: LoadedSound | None = None
-    reason: str | None = "frames without sound"
-    if not isinstance(options.audio, str) or options.audio not in ("auto", "off"):
-        sound, reason = _sound_of(part, (0.0, len(frames) / fps), options, ears, True)
-    return LoadedVideo(
-        source=describe_source(part.source),
-        pts_s=tuple(float(i / fps) for i in keep),
-        duration_s=len(frames) / fps,
+    pts_s, end_s = np.arange(len(frames)) / fps, len(frames) / fps
+    chosen = choose_frames(pts_s, options.sampling, options.start_s, options.end_s, avg_fps=fps)
+    return FrameBatch(
+        frames=resize_frames(frames[chosen], spec, vision.video_preprocess),
+        pts_s=pts_s[chosen],
+        duration_s=end_s,
+        source=describe_source(source),
+        backend="array",
+        span_s=(options.start_s or 0.0, min(options.end_s or end_s, end_s)),
         n_source_frames=len(frames),
-        frames=torch.from_numpy(resized).permute(0, 3, 1, 2),
-        sound=sound,
-        no_sound=reason,
     )
 
 
 def _sound_of(
-    part: MediaPart,
+    source: Any,
     span_s: tuple[float, float],
     options: MediaOptions,
     ears: AudioSettings | None,
     decode: bool,
 ) -> tuple[LoadedSound | None, str | None]:
     """The sound that goes with a video, or why there is none."""
-    mode = options.audio if isinstance(options.audio, str) else "a sound"
-    if mode == "off":
+    own = isinstance(options.audio, str) and options.audio in AUDIO_MODES
+    if own and options.audio == "off":
         return None, "off"
     if ears is None:
-        if mode != "auto":
-            raise UsageError(f"audio={mode!r} was asked for, but this model has no audio tower.")
+        if options.audio != "auto":
+            raise UsageError("Sound was asked for (audio), but this model has no audio tower.")
         return None, "the model has no audio tower"
-    if mode in AUDIO_MODES:
-        sound = load_sound(
-            part.source,
-            start_s=span_s[0],
-            end_s=span_s[1],
-            max_seconds=seconds_needed(ears),
-            strict=mode == "on",
-            decode=decode,
-        )
-    else:
-        sound = load_sound(options.audio, max_seconds=seconds_needed(ears), decode=decode)
-    return (sound, None) if sound is not None else (None, "no sound track")
-
-
-def seconds_needed(ears: AudioSettings) -> float | None:
-    """How much of a long sound is ever used, counted from its start; None when all may be."""
-    return ears.max_seconds if ears.long_audio == "keep" else None
-
-
-def load_sound(
-    source: Any,
-    *,
-    start_s: float | None = None,
-    end_s: float | None = None,
-    max_seconds: float | None = None,
-    strict: bool = True,
-    decode: bool = True,
-) -> LoadedSound | None:
-    """Read sound at 16 kHz; None when the file has none and ``strict`` is false."""
-    if isinstance(source, (np.ndarray, Tensor)):
-        return _array_sound(source, start_s, end_s)
-    source = kept(source)
-    if not decode:
-        return _planned_sound(probe(source), source, start_s, end_s, strict)
-    # The sound ends where the header says, so that plans made from headers are exact; codecs pad
-    # their last frame beyond it.
-    info = probe(source)
-    if info.audio is None and not strict:
-        return None
-    end_s = min((t for t in (end_s, _sound_end(info)) if t is not None), default=None)
-    clip = load_audio(source, start_s=start_s, end_s=end_s, max_seconds=max_seconds, strict=strict)
-    if clip.status == "none":
-        return None
-    waveform = torch.from_numpy(clip.waveform)
-    return LoadedSound(
-        describe_source(source),
-        len(waveform),
-        clip.start_s,
-        waveform,
-        clip.duration_s,
-        tuple(clip.warnings),
-    )
-
-
-def _array_sound(
-    samples: np.ndarray | Tensor, start_s: float | None, end_s: float | None
-) -> LoadedSound:
-    """Mono samples at 16 kHz that are given as an array."""
-    waveform = torch.as_tensor(samples)
-    if waveform.ndim != 1 or not waveform.is_floating_point() or len(waveform) == 0:
-        raise MediaError(
-            f"Sound given as an array must be float samples [S] at 16 kHz, mono, not "
-            f"{waveform.dtype} {list(waveform.shape)}."
-        )
-    first = round((start_s or 0.0) * SAMPLE_RATE_HZ)
-    stop = None if end_s is None else round(end_s * SAMPLE_RATE_HZ)
-    waveform = waveform[first:stop].float()
-    seconds = len(waveform) / SAMPLE_RATE_HZ
-    return LoadedSound(describe_source(samples), len(waveform), start_s or 0.0, waveform, seconds)
-
-
-def _planned_sound(
-    info: MediaInfo, source: Any, start_s: float | None, end_s: float | None, strict: bool
-) -> LoadedSound | None:
-    """Samples as the headers promise them."""
-    if info.audio is None:
+    strict = not own or options.audio == "on"
+    if own and isinstance(source, (np.ndarray, Tensor, list, tuple)):
         if strict:
-            raise MediaError(f"{describe_source(source)} has no sound track.")
-        return None
-    begin = start_s or 0.0
-    end = min(t for t in (end_s, _sound_end(info)) if t is not None)
-    seconds = max(0.0, end - begin)
-    if seconds == 0 and not strict:
-        return None
-    n_samples = round(seconds * SAMPLE_RATE_HZ)
-    return LoadedSound(describe_source(source), n_samples, begin, None, seconds)
-
-
-def _sound_end(info: MediaInfo) -> float | None:
-    """When the sound track ends on the media time line, by its header."""
-    if info.audio is None:
-        return None
-    if info.audio.duration_s is None:
-        return info.duration_s
-    return (info.audio.start_s or 0.0) + info.audio.duration_s
+            raise MediaError("audio='on' was asked for, but frames given as an array are mute.")
+        return None, "frames without sound"
+    request = SoundRequest(
+        span_s[0],
+        span_s[1],
+        max_seconds=seconds_needed(ears),
+        strict=strict,
+        decode=decode,
+        limits=options.limits,
+    )
+    return load_sound(source if own else options.audio, request)
 
 
 def check_audio_mode(audio: Any) -> None:

@@ -5,7 +5,8 @@ Contract: an option that is wrong raises here, before weights or media are touch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from av_llava.chat import MediaPart, Message, TextPart, normalize_messages
+from av_llava.chat import MediaPart, Message, TextPart, normalize_messages, read_medium
 from av_llava.errors import UsageError, unknown_name
-from av_llava.media import LocalFile, probe
+from av_llava.media import Limits, LocalFile, probe
 from av_llava.media_inputs import MediaOptions, check_audio_mode, kept
 from av_llava.processor import AVLlavaProcessor
 
@@ -38,10 +39,15 @@ class Options:
     """Tell the model duration and frame times in words, as LLaVA-Video does."""
     backend: str | None = None
     """Decoder: auto, pyav, decord."""
+    source_fps: float | None = None
+    """Frame rate of a folder of pictures or of frames given as an array; 1 if None."""
     aggregator: Any = None
     """Spec of another aggregator, such as ``llava_video`` or ``budget:2048``."""
     max_visual_tokens: int | None = None
-    """At most so many tokens for each video; the same as ``aggregator="budget:N"``."""
+    """At most so many tokens for all pictures and videos of a prompt; videos are pooled more
+    coarsely where the model's own way would give more."""
+    limits: Limits | None = None
+    """What a file may cost (size, duration, pixels, time); None means safe limits."""
     max_new_tokens: int = 512
     """Longest answer in tokens."""
     temperature: float = 0.0
@@ -53,15 +59,21 @@ class Options:
     system: str | None = None
     """System prompt."""
     stop: Sequence[str] = ()
-    """Further texts that end an answer."""
+    """Further text, or texts, that end an answer."""
 
     def __post_init__(self) -> None:
+        for name in ("frames", "max_visual_tokens", "max_new_tokens", "seed"):
+            _check_number(name, getattr(self, name), whole=True)
+        for name in ("fps", "start_s", "end_s", "temperature", "top_p", "source_fps"):
+            _check_number(name, getattr(self, name), whole=False)
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if self.temperature < 0:
             raise UsageError(f"temperature must be 0 or more, not {self.temperature}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
         if self.max_visual_tokens is not None and self.aggregator is not None:
             raise UsageError("Give either aggregator or max_visual_tokens, not both.")
         if self.max_visual_tokens is not None and self.max_visual_tokens < 1:
@@ -77,12 +89,14 @@ class Options:
                 raise unknown_name("option", key, names)
         return cls(**values)
 
-    @property
-    def spec(self) -> Any:
-        """The aggregator that these options ask for, or None."""
-        if self.max_visual_tokens is not None:
-            return f"budget:{self.max_visual_tokens}"
-        return self.aggregator
+    def without_effect(self, kinds: Collection[str]) -> tuple[str, ...]:
+        """Sentences about options that were given for media that the prompt does not have."""
+        video = ("frames", "fps", "aggregator", "time_instruction", "backend", "source_fps")
+        window = ("start_s", "end_s")
+        idle = [n for n in video if "video" not in kinds and getattr(self, n) is not None]
+        if not {"video", "audio"} & set(kinds):
+            idle += [n for n in window if getattr(self, n) is not None]
+        return tuple(f"{name} has no effect: the prompt has no video." for name in idle)
 
     def media(self, processor: AVLlavaProcessor) -> MediaOptions:
         """The part of the options that the processor reads."""
@@ -94,7 +108,19 @@ class Options:
             audio=self.audio,
             time_instruction=self.time_instruction,
             backend=self.backend,
+            source_fps=self.source_fps,
+            limits=self.limits,
         )
+
+
+def _check_number(name: str, value: Any, whole: bool) -> None:
+    """Raise unless an option is None or a finite number."""
+    if value is None:
+        return
+    number = isinstance(value, (int, np.integer) if whole else (int, float, np.number))
+    if isinstance(value, bool) or not number or not math.isfinite(value):
+        kind = "a whole number" if whole else "a number"
+        raise UsageError(f"{name} must be {kind}, not {value!r}.")
 
 
 def as_media(media: Any) -> list[MediaPart]:
@@ -102,11 +128,13 @@ def as_media(media: Any) -> list[MediaPart]:
 
     Args:
         media: None, one source or a list: paths, URLs, bytes, PIL images, uint8 frames
-            [T, H, W, 3], float samples [S] at 16 kHz, or :class:`MediaPart`.
+            [T, H, W, 3] or pictures [H, W, 3], float samples [S] at 16 kHz, content parts such as
+            ``{"type": "video", "path": ...}``, or :class:`MediaPart`.
     """
     if media is None:
         return []
     sources = list(media) if isinstance(media, (list, tuple)) else [media]
+    sources = [read_medium(s) if isinstance(s, Mapping) else s for s in sources]
     parts = [s if isinstance(s, MediaPart) else None for s in sources]
     held = [s if p else kept(s) for p, s in zip(parts, sources, strict=True)]
     return [p or MediaPart(kind_of(s), s) for p, s in zip(parts, held, strict=True)]
@@ -115,7 +143,13 @@ def as_media(media: Any) -> list[MediaPart]:
 def kind_of(source: Any) -> str:
     """image, video or audio, from the content of a source."""
     if isinstance(source, (np.ndarray, Tensor)):
-        return {1: "audio", 4: "video"}.get(source.ndim, "image")
+        kinds = {1: "audio", 3: "image", 4: "video"}
+        if source.ndim not in kinds or (source.ndim > 1 and source.shape[-1] != 3):
+            raise UsageError(
+                f"An array of shape {list(source.shape)} is no medium: give sound as [S], a "
+                f"picture as [H, W, 3], or frames as [T, H, W, 3]."
+            )
+        return kinds[source.ndim]
     if isinstance(source, (str, Path, LocalFile)):
         kind = probe(source).kind
         return "video" if kind == "frames" else kind

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from av_llava.aggregators import Aggregator, TokenPlan, build
+from av_llava.aggregators import Aggregator, TokenPlan, build, settings_of
 from av_llava.aggregators.image_layout import ImagePlan, plan_image
 from av_llava.audio import placement
 from av_llava.audio.placement import AudioPlan
@@ -89,6 +89,22 @@ class MediaPlanner:
         self.au_token_ids = config.au_token_ids
         self.aggregator: Aggregator = build(config.aggregator if aggregator is None else aggregator)
         self.aggregator.check_marks(config.owned_marks)
+
+    def with_budget(self, tokens: int) -> MediaPlanner:
+        """A planner that gives a video at most so many tokens, in the manner of this one."""
+        own = self.aggregator.settings
+        layout = "by_frame" if own.layout == "single" else own.layout
+        spec = settings_of(
+            "budget",
+            {
+                "tokens": tokens,
+                "layout": layout,
+                "newline": own.newline,
+                "frame_end": own.frame_end,
+                "stage": own.stage,
+            },
+        )
+        return MediaPlanner(self.config, spec)
 
     @property
     def tower_grid(self) -> tuple[int, int]:

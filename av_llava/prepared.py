@@ -32,23 +32,25 @@ from av_llava.chat import (
     wrap_media,
 )
 from av_llava.config import AVLlavaConfig
-from av_llava.errors import UsageError
-from av_llava.geometry import SAMPLE_RATE_HZ
+from av_llava.errors import BudgetError, UsageError
 from av_llava.images import PixelSpec
 from av_llava.media_inputs import (
     LoadedExtra,
     LoadedImage,
-    LoadedSound,
     LoadedVideo,
     MediaOptions,
-    describe_source,
     load_image,
-    load_sound,
     load_video,
-    seconds_needed,
 )
 from av_llava.planning import MediaPlan, MediaPlanner, MediumRef, TextChunk
 from av_llava.sampling import time_instruction
+from av_llava.sound_inputs import (
+    LoadedSound,
+    SoundRequest,
+    describe_source,
+    load_sound,
+    seconds_needed,
+)
 
 Loaded = LoadedImage | LoadedVideo | LoadedSound | LoadedExtra
 IM_START, IM_END = "<im_start>", "<im_end>"
@@ -95,8 +97,10 @@ class BatchBuilder:
         planner: MediaPlanner,
         options: MediaOptions,
         decode: bool,
+        max_visual_tokens: int | None = None,
     ) -> None:
         self.processor, self.planner = processor, planner
+        self.sample_planner, self.max_visual_tokens = planner, max_visual_tokens
         self.options, self.decode = options, decode
         self.samples: list[list[TextChunk | MediumRef]] = []
         self.images: list[LoadedImage] = []
@@ -115,7 +119,10 @@ class BatchBuilder:
     ) -> None:
         """Open the media of one conversation, render it, and cut it at its media."""
         processor = self.processor
-        loaded = self._load([p for m in messages for p in m.media])
+        parts = [p for m in messages for p in m.media]
+        self._check_sound(parts)
+        loaded = self._load(parts)
+        self.sample_planner = self._within_budget(loaded)
         messages = self._with_time_instructions(messages, loaded)
         if processor.config.sequence.use_image_start_end:
             messages = wrap_media(messages, IM_START, IM_END)
@@ -142,6 +149,45 @@ class BatchBuilder:
         self.texts.append(prompt)
         self._lay(ids, None, self._load(parts))
 
+    def _check_sound(self, parts: Sequence[MediaPart]) -> None:
+        """Refuse sound that was asked for where no video, or not one video, can have it."""
+        audio = self.options.audio
+        if isinstance(audio, str) and audio in ("auto", "off"):
+            return
+        n_videos = sum(p.kind == "video" for p in parts)
+        if n_videos == 0:
+            raise UsageError(
+                "audio asks for the sound of a video, but the prompt has no video. Give a sound "
+                "file as a medium of its own."
+            )
+        if n_videos > 1 and audio != "on":
+            raise UsageError(
+                f"One sound file cannot be the sound of {n_videos} videos: give it as a medium of "
+                f"its own."
+            )
+
+    def _within_budget(self, loaded: Sequence[Loaded]) -> MediaPlanner:
+        """The planner for the videos of one sample: the model's own while its tokens fit."""
+        limit = self.max_visual_tokens
+        if limit is None:
+            return self.planner
+        videos = [v for v in loaded if isinstance(v, LoadedVideo)]
+        images = sum(
+            self.planner.image(i.size, i.n_tiles, n_images=i.n_images).n_tokens
+            for i in loaded
+            if isinstance(i, LoadedImage)
+        )
+        own = sum(self.planner.video(len(v.pts_s)).n_tokens for v in videos)
+        if images + own <= limit:
+            return self.planner
+        share = (limit - images) // len(videos) if videos else 0
+        if share < 1:
+            raise BudgetError(
+                f"The pictures of the prompt take {images} tokens, but max_visual_tokens is "
+                f"{limit}. Use fewer or smaller pictures, or allow more tokens."
+            )
+        return self.planner.with_budget(share)
+
     def _load(self, parts: Sequence[MediaPart]) -> list[Loaded]:
         n_images = sum(p.kind == "image" for p in parts)
         return [self._open(p, n_images) for p in parts]
@@ -149,7 +195,9 @@ class BatchBuilder:
     def _open(self, part: MediaPart, n_images: int) -> Loaded:
         config, decode = self.processor.config, self.decode
         if part.source is None:
-            raise UsageError(f"The prompt has an {part.token} without a source.")
+            raise UsageError(
+                f"The prompt has the placeholder {part.token}, but no {part.kind} was given for it."
+            )
         if part.kind in config.extra_modalities:
             modality = modalities.get(part.kind)
             item = modality.preprocess(part.source)
@@ -157,7 +205,12 @@ class BatchBuilder:
             return LoadedExtra(part.kind, source, modality.n_tokens(item), item)
         if part.kind == "image":
             return load_image(
-                part, self.processor.pixels, config.image, n_images=n_images, decode=decode
+                part,
+                self.processor.pixels,
+                config.image,
+                n_images=n_images,
+                limits=self.options.limits,
+                decode=decode,
             )
         if part.kind == "video":
             ears = config.audio if config.audio_config is not None else None
@@ -165,14 +218,15 @@ class BatchBuilder:
                 part, self.processor.pixels, config.vision, self.options, ears=ears, decode=decode
             )
         options = self.options.for_part(part)
-        sound = load_sound(
-            part.source,
-            start_s=options.start_s,
-            end_s=options.end_s,
+        request = SoundRequest(
+            options.start_s,
+            options.end_s,
             max_seconds=seconds_needed(config.audio),
             decode=decode,
+            limits=options.limits,
         )
-        assert sound is not None  # strict: no sound is an error
+        sound, _ = load_sound(part.source, request)
+        assert sound is not None  # a strict request: no sound is an error
         return sound
 
     def _with_time_instructions(
@@ -228,9 +282,9 @@ class BatchBuilder:
             use = MediumUse(
                 "audio",
                 item.source,
-                0,
+                heard.n_tokens,
                 duration_s=item.duration_s,
-                audio_s=item.n_samples / SAMPLE_RATE_HZ,
+                audio_s=heard.used_s,
                 audio_tokens=heard.n_tokens,
                 warnings=(*item.warnings, *heard.notes),
             )
@@ -240,10 +294,11 @@ class BatchBuilder:
         return ref
 
     def _video(self, item: LoadedVideo) -> tuple[MediumRef, MediumUse]:
-        plan = self.planner.video(len(item.pts_s), item.pts_s)
+        plan = self.sample_planner.video(len(item.pts_s), item.pts_s)
         self.videos.append(item)
         self.video_plans.append(plan)
         sound = None if item.sound is None else self._sound(item.sound)
+        heard = None if sound is None else self.audio_plans[sound]
         use = MediumUse(
             "video",
             item.source,
@@ -252,10 +307,11 @@ class BatchBuilder:
             n_source_frames=item.n_source_frames,
             duration_s=item.duration_s,
             backend=item.backend,
-            audio_s=0.0 if item.sound is None else item.sound.n_samples / SAMPLE_RATE_HZ,
-            audio_tokens=0 if sound is None else self.audio_plans[sound].n_tokens,
+            audio_s=0.0 if heard is None else heard.used_s,
+            audio_tokens=0 if heard is None else heard.n_tokens,
+            audio_source=_other_source(item),
             audio_reason=item.no_sound,
-            warnings=item.warnings,
+            warnings=item.warnings + (() if heard is None else heard.notes),
         )
         return MediumRef("video", len(self.videos) - 1, sound), use
 
@@ -298,6 +354,13 @@ class BatchBuilder:
                 kind: [e.item for e in items] for kind, items in self.extras.items()
             }
         return tensors
+
+
+def _other_source(item: LoadedVideo) -> str | None:
+    """The file of a video's sound, where that is not the video itself."""
+    if item.sound is None or item.sound.source == item.source:
+        return None
+    return item.sound.source
 
 
 def _joined(parts: Iterable[Any]) -> tuple[Any, ...]:

@@ -113,7 +113,13 @@ class AVLlavaProcessor(ProcessorMixin):
         if self.chat_template != self.config.sequence.template:
             self.config.sequence = self.config.sequence.replace(template=self.chat_template)
         self.tokenizer.save_pretrained(folder)
-        if not (folder / "config.json").exists():
+        file = folder / "config.json"
+        if file.exists():
+            # The model wrote it; the template may have been chosen since.
+            data = json.loads(file.read_text(encoding="utf-8"))
+            data["sequence"] = self.config.sequence.to_dict()
+            file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        else:
             self.config.save_pretrained(folder)
         data = {"processor_class": type(self).__name__}
         (folder / "processor_config.json").write_text(json.dumps(data, indent=2) + "\n")
@@ -127,6 +133,7 @@ class AVLlavaProcessor(ProcessorMixin):
         options: MediaOptions | None = None,
         *,
         aggregator: Any = None,
+        max_visual_tokens: int | None = None,
         add_generation_prompt: bool = True,
         supervised: bool = False,
         padding_side: str = "left",
@@ -138,6 +145,7 @@ class AVLlavaProcessor(ProcessorMixin):
             conversations: one list of messages a sample.
             options: how media are read; by default as the configuration says.
             aggregator: spec of another aggregator for videos.
+            max_visual_tokens: at most so many tokens for the pictures and videos of each sample.
             add_generation_prompt: end each prompt where the answer begins.
             supervised: make labels from the assistants' turns.
             padding_side: left for generation.
@@ -145,7 +153,8 @@ class AVLlavaProcessor(ProcessorMixin):
         """
         options = options or MediaOptions(self.config.sampling)
         check_audio_mode(options.audio)
-        batch = BatchBuilder(self, MediaPlanner(self.config, aggregator), options, decode)
+        planner = MediaPlanner(self.config, aggregator)
+        batch = BatchBuilder(self, planner, options, decode, max_visual_tokens)
         for messages in conversations:
             batch.add(messages, add_generation_prompt, supervised)
         return batch.finish(padding_side, supervised)
@@ -171,6 +180,7 @@ class AVLlavaProcessor(ProcessorMixin):
             kwargs: media options (frames, fps, start_s, end_s, audio_mode) and ``aggregator``.
         """
         _only_torch(return_tensors)
+        _drop_unused(kwargs)
         prompts = [text] if isinstance(text, str) else list(text or [""])
         sources = {"image": _listed(images), "video": _listed(videos), "audio": _listed(audio)}
         aggregator = kwargs.pop("aggregator", None)
@@ -221,8 +231,7 @@ class AVLlavaProcessor(ProcessorMixin):
         _only_torch(return_tensors)
         given = {**(processor_kwargs or {}), **kwargs}
         aggregator = given.pop("aggregator", None)
-        for name in ("padding", "truncation", "return_attention_mask"):
-            given.pop(name, None)
+        _drop_unused(given)
         prepared = self.prepare(
             conversations,
             self.media_options(**given),
@@ -292,6 +301,12 @@ def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _drop_unused(options: dict[str, Any]) -> None:
+    """Leave out what transformers' users pass by habit: batches are always padded, never cut."""
+    for name in ("padding", "truncation", "return_attention_mask"):
+        options.pop(name, None)
 
 
 def _only_torch(return_tensors: str | None) -> None:

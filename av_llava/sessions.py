@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from av_llava.answers import Answer, Usage
 from av_llava.budgeting import check_room
-from av_llava.chat import Message, TextPart, tokenize_with_media
+from av_llava.chat import MEDIA_TOKENS, Message, TextPart, tokenize_with_media
 from av_llava.errors import UsageError
 from av_llava.generation import AnswerStream
 from av_llava.options import Options, conversation
@@ -79,11 +79,20 @@ class Session:
         last = max(i for i, token in enumerate(ids) if token < 0)
         return ids[last + 1 :]
 
+    def __repr__(self) -> str:
+        media = ", ".join(m.line() for m in self.media)
+        return f"Session({media}; {self.n_prefix} tokens encoded)"
+
     def _asking(self, prompt: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Ids of a question after the prefix, with earlier turns between."""
         questions = [*(q for q, _ in history), prompt]
         if not all(isinstance(q, str) and q.strip() for q in questions):
             raise UsageError("The prompt is empty; ask a question.")
+        if any(token in question for question in questions for token in MEDIA_TOKENS.values()):
+            raise UsageError(
+                "A question of a session holds no placeholders: its media are encoded already and "
+                "stand before it."
+            )
         messages = [_with_question(m, questions[0]) for m in self.messages]
         for (_, answer), question in zip(history, questions[1:], strict=True):
             messages.append(Message("assistant", (TextPart(answer),)))

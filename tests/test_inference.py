@@ -13,6 +13,7 @@ from PIL import Image
 from tiny import tiny
 
 import av_llava
+import av_llava.errors
 from av_llava.errors import AVLlavaError, BudgetError, MediaError, UsageError
 from av_llava.inference import AVLlava, plan
 
@@ -50,7 +51,13 @@ def test_an_answer_says_what_was_used(m, clips):
     assert "8/40 frames 0.00-3.90 s" in answer.used() and "cpu float32" in answer.used()
     data = json.loads(json.dumps(answer.to_dict()))
     assert data["schema"] == "av-llava/1" and data["answer"] == answer.text
-    assert data["media"][0]["audio"] == {"used": True, "seconds": 4.0, "tokens": 20, "reason": None}
+    assert data["media"][0]["audio"] == {
+        "used": True,
+        "seconds": 4.0,
+        "tokens": 20,
+        "source": None,
+        "reason": None,
+    }
 
 
 def test_sound_is_heard_and_can_be_muted(m, clips):
@@ -75,7 +82,9 @@ def test_a_silent_track_is_sound(m, clips):
 
 def test_a_separate_sound_file_takes_the_place_of_the_videos_own(m, clips):
     answer = m.ask(clips["mute"], "What?", audio=str(clips["sound"]), max_new_tokens=1)
-    assert answer.media[0].audio_s == pytest.approx(4.0)
+    # Cut to the span of the video, which lasts 3 s; the file has 4 s.
+    assert answer.media[0].audio_s == pytest.approx(3.0)
+    assert answer.media[0].audio_source == str(clips["sound"]) in answer.used()
     with pytest.raises(MediaError, match="nowhere.wav does not exist"):
         m.ask(clips["mute"], "What?", audio="nowhere.wav")
 
@@ -321,7 +330,7 @@ def test_an_address_is_fetched_once_for_kind_frames_and_sound(m, clips, server):
     assert (answer.text, answer.usage) == (alone.text, alone.usage)
     assert answer.media[0].source == f"{address}/sound.mp4"
     muted = m.ask(clips["mute"], "What?", audio=f"{address}/sound.mp4", max_new_tokens=1)
-    assert muted.media[0].audio_s == pytest.approx(4.0) and asked == ["/sound.mp4"] * 2
+    assert muted.media[0].audio_s == pytest.approx(3.0) and asked == ["/sound.mp4"] * 2
 
 
 def test_a_missing_address_is_a_media_error(m, server):
@@ -337,3 +346,133 @@ def test_fetched_copies_are_removed(m, clips, server, tmp_path, monkeypatch):
     m.ask([f"{server[0]}/sound.mp4", clips["mute"].read_bytes()], "What?", max_new_tokens=1)
     gc.collect()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_window_after_the_sound_has_frames_and_says_why_it_is_mute(m, tmp_path):
+    clip = make_clip(
+        tmp_path / "short.mp4", seconds=5, fps=10, size=(160, 120), audio="tone", audio_seconds=2
+    )
+    answer = m.ask(clip, "What?", start_s=3, end_s=5, max_new_tokens=1)
+    assert (
+        answer.media[0].audio_reason == "no sound in this window"
+        and len(answer.media[0].pts_s) == 16
+    )
+    with pytest.raises(MediaError, match="no sound in this window"):
+        m.ask(clip, "What?", start_s=3, end_s=5, audio="on")
+
+
+def test_a_budget_leaves_what_fits_alone_and_counts_pictures(m, clips):
+    free = m.ask(clips["sound"], "What?", max_new_tokens=1)
+    assert (
+        m.ask(clips["sound"], "What?", max_visual_tokens=10**6, max_new_tokens=1).usage
+        == free.usage
+    )
+    picture = Image.new("RGB", (60, 60))
+    both = m.ask(
+        [picture, clips["sound"], clips["mute"]],
+        "<image> <video> <video>?",
+        max_visual_tokens=160,
+        max_new_tokens=1,
+    )
+    assert 0 < both.usage.image_tokens + both.usage.video_tokens <= 160
+    with pytest.raises(BudgetError, match="pictures of the prompt take 65 tokens"):
+        m.ask(picture, "What?", max_visual_tokens=10)
+
+
+def test_what_is_odd_about_the_sound_is_told(m, clips):
+    assert m.ask(clips["silent"], "What?", max_new_tokens=1).warnings == (
+        "the sound track is silent",
+    )
+    broken = np.full(16_000, np.nan, np.float32)
+    assert "16000 samples" in m.ask(broken, "What?", max_new_tokens=1).warnings[0]
+    long = m.ask(np.zeros(16_000 * 601, np.float32), "What?", max_new_tokens=1)
+    assert long.media[0].audio_s == 600 and "600.0 s are used" in long.warnings[0]
+    assert long.media[0].n_tokens == long.usage.audio_tokens
+
+
+def test_options_without_effect_are_told(m):
+    answer = m.ask(Image.new("RGB", (9, 9)), "What?", frames=3, start_s=1.0, max_new_tokens=1)
+    assert len(answer.warnings) == 2 and "frames has no effect" in answer.warnings[0]
+
+
+def test_pictures_as_arrays_and_content_parts(m, clips):
+    array = np.zeros((20, 30, 3), np.uint8)
+    a = m.ask(array, "What?", max_new_tokens=3)
+    b = m.ask(Image.fromarray(array), "What?", max_new_tokens=3)
+    assert a.text == b.text and a.usage == b.usage
+    part = {"type": "video", "path": str(clips["mute"]), "frames": 3}
+    assert len(m.ask(part, "What?", max_new_tokens=1).media[0].pts_s) == 3
+
+
+def test_arrays_are_sampled_like_files(m):
+    frames = np.zeros((40, 20, 20, 3), np.uint8)
+    use = m.ask(
+        frames, "What?", source_fps=10, frames=4, start_s=1.0, end_s=3.0, max_new_tokens=1
+    ).media[0]
+    assert len(use.pts_s) == 4 and min(use.pts_s) >= 1.0 and max(use.pts_s) < 3.0
+
+
+def test_ask_many_without_media_and_one_stop_text(m):
+    answers = m.ask_many(None, ["Hello", "Who?"], max_new_tokens=4)
+    assert [a.text for a in answers] == [
+        m.ask(None, q, max_new_tokens=4).text for q in ("Hello", "Who?")
+    ]
+    text = m.ask(None, "Tell me", max_new_tokens=12).text
+    assert (
+        m.ask(None, "Tell me", max_new_tokens=12, stop=text[4:6]).text
+        == text[: text.index(text[4:6])].strip()
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m.ask_many("x.mp4", "abc"), "one string"),
+        (lambda m: m.ask_batch({"prompt": "a"}), "one mapping"),
+        (lambda m: m.ask_batch([{"prompt": "a"}], batch_size=0), "batch_size must be at least 1"),
+        (lambda m: m.ask(None, "Hi", frames=2.5), "frames must be a whole number"),
+        (lambda m: m.ask(None, "Hi", temperature=float("nan")), "temperature must be a number"),
+        (lambda m: m.ask(None, "Hi", seed="a"), "seed must be a whole number"),
+        (lambda m: m.ask(np.zeros((2, 3), np.uint8), "Hi"), r"shape \[2, 3\] is no medium"),
+        (lambda m: m.ask(Image.new("RGB", (9, 9)), "Hi", audio="on"), "the prompt has no video"),
+        (lambda m: av_llava.load(overwrite_config={"a": 1}), "goes with a path"),
+        (lambda m: av_llava.load(attn_implementation="bogus"), "bogus"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(m, call, words):
+    with pytest.raises(UsageError, match=words):
+        call(m)
+
+
+def test_frames_without_any_are_an_error(m):
+    with pytest.raises(MediaError, match="holds none"):
+        m.ask(np.zeros((0, 4, 4, 3), np.uint8), "Hi")
+    with pytest.raises(MediaError, match="mute"):
+        m.ask(np.zeros((2, 4, 4, 3), np.uint8), "Hi", audio="on")
+
+
+def test_a_stream_runs_once_and_keeps_its_account_when_left(m):
+    stream = m.stream(None, "Tell me", max_new_tokens=300)
+    for _ in stream:
+        break
+    assert stream.answer.finish_reason == "interrupted"
+    with pytest.raises(UsageError, match="streamed once"):
+        list(stream)
+
+
+def test_the_template_that_was_chosen_is_saved(m, tmp_path):
+    model, processor = tiny("llama")
+    own = AVLlava(model, processor)
+    processor.chat_template = "vicuna_v1"
+    own.save_pretrained(tmp_path)
+    assert av_llava.load(tmp_path, device="cpu").processor.template.name == "vicuna_v1"
+
+
+def test_llavas_own_folders_are_not_taken_for_ours(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava_llama", "hidden_size": 64}')
+    from av_llava.modeling import AVLlavaForConditionalGeneration
+    from av_llava.processor import AVLlavaProcessor
+
+    for cls in (AVLlavaForConditionalGeneration, AVLlavaProcessor):
+        with pytest.raises(av_llava.errors.CheckpointError, match=r"av_llava\.load"):
+            cls.from_pretrained(tmp_path)
