@@ -21,10 +21,16 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from av_llava.budgeting import frames_that_fit
 from av_llava.checkpoints import hf_format
-from av_llava.checkpoints.folder import CheckpointFolder, read_json, unreadable
+from av_llava.checkpoints.folder import CheckpointFolder, read_json, sentence, unreadable
 from av_llava.checkpoints.overwrite import overwritten
-from av_llava.checkpoints.target import check_device_map, resolve_device, resolve_dtype
+from av_llava.checkpoints.target import (
+    check_device_map,
+    resolve_device,
+    resolve_dtype,
+    stored_dtype,
+)
 from av_llava.checkpoints.tokenizers import load_tokenizer
 from av_llava.checkpoints.towers import Tower, fetch, find_tower, read_tensors
 from av_llava.config import AVLlavaConfig, is_llava_config, tower_name
@@ -47,6 +53,7 @@ _WRONG_VALUES = (
     LookupError,
     AttributeError,
     AssertionError,
+    ArithmeticError,
     RuntimeError,
 )
 
@@ -124,7 +131,7 @@ def load_checkpoint(
         )
     config, tower = read_config(folder, overwrite_config)
     with _blamed_on(folder, overwrite_config):
-        target_dtype = resolve_dtype(dtype, config.dtype, target)
+        stored = stored_dtype(config.dtype)
         with torch.device("meta"):  # costs no memory, and shows whether such a model can be made
             AVLlavaForConditionalGeneration(copy.deepcopy(config))
     tokenizer = load_tokenizer(folder, config)
@@ -132,7 +139,7 @@ def load_checkpoint(
     model, report = materialise(
         folder,
         config,
-        dtype=target_dtype,
+        dtype=resolve_dtype(dtype, stored, target),
         device_map=device_map,
         attn_implementation=attn_implementation,
     )
@@ -215,7 +222,7 @@ def _blamed_on(
     except _WRONG_VALUES as error:
         changed = f" (with overwrite_config of {', '.join(overwrite)})" if overwrite else ""
         why = str(error) if isinstance(error, AVLlavaError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{folder.path / name}{changed}: {why}") from error
+        raise CheckpointError(f"{folder.path / name}{changed}: {sentence(why)}") from error
 
 
 @contextmanager
@@ -269,7 +276,12 @@ def _read_llava(
         config = AVLlavaConfig.from_llava(
             data, tower.config if tower else None, n_tower_layers=_tower_layers(folder)
         )
-    return _with_preprocessor(_with_marks(config, folder), tower), tower
+    config = _with_preprocessor(_with_marks(config, folder), tower)
+    if tower is not None and config.sampling.frames is not None:
+        with _blamed_on(folder, overwrite):
+            most = frames_that_fit(config, config.sampling.frames)
+        config.sampling = config.sampling.replace(frames=most)
+    return config, tower
 
 
 def memory_keys(folder: CheckpointFolder) -> set[str]:
@@ -295,7 +307,9 @@ def _with_preprocessor(config: AVLlavaConfig, tower: Tower | None) -> AVLlavaCon
         spec = PixelSpec.from_preprocessor_config(tower.preprocessor)
         side = spec.side
     except (UsageError, CheckpointError, ValueError, TypeError) as error:
-        raise CheckpointError(f"preprocessor_config.json of {tower.place}: {error}") from error
+        raise CheckpointError(
+            f"preprocessor_config.json of {tower.place}: {sentence(str(error))}"
+        ) from error
     if side != tower.config.image_size:
         raise CheckpointError(
             f"The tower {tower.place} takes images of {tower.config.image_size} pixels a side, "
@@ -372,7 +386,7 @@ def check_report(folder: CheckpointFolder, missing: set[str], report: Mapping[st
     own = not hf_format.is_hf_llava_config(folder.config)
     shown = disk_name if own else str
     unexpected = sorted(shown(k) for k in report["unexpected_keys"] if not ignored(k))
-    unused = sorted(k for k in report["unexpected_keys"] if ignored(k))
+    unused = sorted(k for k in folder.keys if ignored(k))
     if unused:
         logger.info(
             "%s: %d tensors hold nothing that is used: %s", folder.path, len(unused), unused
