@@ -156,6 +156,11 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} cannot be opened: {error.strerror or error}.")
 
 
+def sentence(text: str) -> str:
+    """The text of a library's error in one line that ends with a full stop."""
+    return f"{' '.join(text.split()).rstrip('.')}."
+
+
 def _keys(file: Path) -> list[str]:
     """Names in a file of tensors; their data are not read."""
     return safetensors_keys(file) if file.suffix == ".safetensors" else list(load_bin(file))

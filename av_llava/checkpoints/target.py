@@ -84,6 +84,18 @@ def named_dtype(dtype: Any) -> torch.dtype | None:
     return DTYPES.get(_OTHER_SPELLINGS.get(name, name))
 
 
+def stored_dtype(stored: Any) -> torch.dtype:
+    """The type that a config gives for its weights; float32 for None.
+
+    Raises:
+        UsageError: it is no floating-point type.
+    """
+    own = torch.float32 if stored is None else named_dtype(stored)
+    if own is None:
+        raise unknown_name("dtype of a checkpoint", stored, DTYPES)
+    return own
+
+
 def resolve_dtype(
     dtype: str | torch.dtype | None, stored: Any, device: torch.device
 ) -> torch.dtype:
@@ -107,9 +119,7 @@ def resolve_dtype(
         if asked is torch.float16 and device.type == "cpu":
             logger.warning("float16 was asked for on a CPU, where it is slow and overflows.")
         return asked
-    own = torch.float32 if stored is None else named_dtype(stored)
-    if own is None:
-        raise unknown_name("dtype of a checkpoint", stored, DTYPES)
+    own = stored_dtype(stored)
     if own is torch.float16 and device.type == "cpu":
         logger.info("float16 is slow and overflows on a CPU: using bfloat16.")
         return torch.bfloat16

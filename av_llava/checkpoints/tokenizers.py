@@ -7,7 +7,7 @@ import logging
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from av_llava.checkpoints.folder import CheckpointFolder, read_json
+from av_llava.checkpoints.folder import CheckpointFolder, read_json, sentence
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import CheckpointError, MissingExtraError
 
@@ -72,7 +72,7 @@ def _read(folder: CheckpointFolder, config: AVLlavaConfig) -> PreTrainedTokenize
         known = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
         if type(error) is not Exception and not isinstance(error, known):
             raise
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = sentence(str(error) or type(error).__name__)
         raise CheckpointError(f"The tokenizer in {folder.path} cannot be read: {why}") from error
 
 

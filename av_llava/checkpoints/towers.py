@@ -62,8 +62,9 @@ def candidates(name: str, checkpoint: Path) -> list[Path]:
     """Local folders where a tower may be, in order."""
     last = name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
     given = _home(name)
-    relative = [] if given.is_absolute() else [name]
-    named = [*relative, *([last] if last not in ("", ".", "..") else [])]
+    named = [] if last in ("", ".", "..") else [last]
+    if named and not given.is_absolute():
+        named.insert(0, name)
     places = [place / n for place in (checkpoint, checkpoint.parent) for n in named]
     return list(dict.fromkeys([*places, given]))
 
