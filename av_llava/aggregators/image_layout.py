@@ -8,7 +8,6 @@ does not fit raises, where the reference silently takes 2x2.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
