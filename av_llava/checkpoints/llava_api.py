@@ -21,7 +21,7 @@ def load_pretrained_model(
     load_8bit: bool = False,
     load_4bit: bool = False,
     device_map: Any = None,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     overwrite_config: Mapping[str, Any] | None = None,
@@ -37,7 +37,9 @@ def load_pretrained_model(
         device: cpu, cuda, ...; None chooses.
         dtype: None keeps the checkpoint's.
         attn_implementation: sdpa (default), eager, flash_attention_2.
-        overwrite_config: values of ``config.json`` to change.
+        overwrite_config: values of ``config.json`` to change: by LLaVA's names in LLaVA's folders
+            (``mm_spatial_pool_mode``), by ours in folders that av_llava saved (``aggregator``).
+            A name that the folder's layout does not know is an error.
 
     Returns:
         tokenizer, model, processor (with LLaVA's ``preprocess``), context length in tokens.
@@ -48,8 +50,8 @@ def load_pretrained_model(
     loaded = load_any(
         model_path,
         model_base,
-        device=device or "auto",
-        dtype=dtype or "auto",
+        device=device,
+        dtype=dtype,
         device_map=device_map,
         attn_implementation=attn_implementation,
         overwrite_config=overwrite_config,

@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -167,6 +169,8 @@ def materialise(
         The model, and transformers' report of missing, unexpected and mismatched keys.
     """
     renames = dict(hf_format.HF_TO_MEMORY) if hf_format.is_hf_llava_config(folder.config) else None
+    # For weights on disk that cannot be read from the checkpoint's own files, such as .bin.
+    offload = TemporaryDirectory(prefix="av-llava-") if device_map is not None else None
     try:
         with _quiet_loading():
             model, report = AVLlavaForConditionalGeneration.from_pretrained(
@@ -179,6 +183,7 @@ def materialise(
                 output_loading_info=True,
                 local_files_only=True,
                 key_mapping=renames,
+                offload_folder=None if offload is None else offload.name,
             )
     except (ValueError, ImportError) as error:
         tied = isinstance(device_map, Mapping) and config.tie_word_embeddings
@@ -187,6 +192,8 @@ def materialise(
             f"{folder.path} cannot be loaded with attn_implementation={attn_implementation!r} and "
             f"device_map={device_map!r}: {error}{hint}"
         ) from error
+    if offload is not None:
+        weakref.finalize(model, offload.cleanup)
     return model, report
 
 
