@@ -120,7 +120,6 @@ class BatchBuilder:
         """Open the media of one conversation, render it, and cut it at its media."""
         processor = self.processor
         parts = [p for m in messages for p in m.media]
-        self._check_sound(parts)
         loaded = self._load(parts)
         self.sample_planner = self._within_budget(loaded)
         messages = self._with_time_instructions(messages, loaded)
@@ -149,21 +148,22 @@ class BatchBuilder:
         self.texts.append(prompt)
         self._lay(ids, None, self._load(parts))
 
-    def _check_sound(self, parts: Sequence[MediaPart]) -> None:
-        """Refuse sound that was asked for where no video, or not one video, can have it."""
+    def check_sound(self, conversations: Sequence[Sequence[Message]]) -> None:
+        """Refuse sound that was asked for where no video, or more than one, would have it."""
         audio = self.options.audio
         if isinstance(audio, str) and audio in ("auto", "off"):
             return
-        n_videos = sum(p.kind == "video" for p in parts)
-        if n_videos == 0:
+        videos = [sum(p.kind == "video" for m in c for p in m.media) for c in conversations]
+        if not any(videos):
             raise UsageError(
-                "audio asks for the sound of a video, but the prompt has no video. Give a sound "
-                "file as a medium of its own."
+                "audio asks for the sound of a video, but there is no video. Give a sound file as "
+                "a medium of its own."
             )
-        if n_videos > 1 and audio != "on":
+        own = isinstance(audio, str) and audio == "on"
+        if max(videos) > 1 and not own:
             raise UsageError(
-                f"One sound file cannot be the sound of {n_videos} videos: give it as a medium of "
-                f"its own."
+                f"One sound file cannot be the sound of {max(videos)} videos: give it as a medium "
+                f"of its own."
             )
 
     def _within_budget(self, loaded: Sequence[Loaded]) -> MediaPlanner:

@@ -155,6 +155,7 @@ class AVLlavaProcessor(ProcessorMixin):
         check_audio_mode(options.audio)
         planner = MediaPlanner(self.config, aggregator)
         batch = BatchBuilder(self, planner, options, decode, max_visual_tokens)
+        batch.check_sound(conversations)
         for messages in conversations:
             batch.add(messages, add_generation_prompt, supervised)
         return batch.finish(padding_side, supervised)

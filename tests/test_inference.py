@@ -434,7 +434,7 @@ def test_ask_many_without_media_and_one_stop_text(m):
         (lambda m: m.ask(None, "Hi", temperature=float("nan")), "temperature must be a number"),
         (lambda m: m.ask(None, "Hi", seed="a"), "seed must be a whole number"),
         (lambda m: m.ask(np.zeros((2, 3), np.uint8), "Hi"), r"shape \[2, 3\] is no medium"),
-        (lambda m: m.ask(Image.new("RGB", (9, 9)), "Hi", audio="on"), "the prompt has no video"),
+        (lambda m: m.ask(Image.new("RGB", (9, 9)), "Hi", audio="on"), "there is no video"),
         (lambda m: av_llava.load(overwrite_config={"a": 1}), "goes with a path"),
         (lambda m: av_llava.load(attn_implementation="bogus"), "bogus"),
     ],

@@ -21,6 +21,7 @@ from av_llava.cli.failures import Failure
 # Everything that moves a cursor or starts a terminal's escape sequence; tab and newline stay.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _CHATTY = (
+    "bitsandbytes",
     "transformers",
     "huggingface_hub",
     "httpx",

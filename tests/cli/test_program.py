@@ -163,6 +163,7 @@ def test_sound_is_heard_unless_it_is_off(cli_run, clip: str, mute_clip: str) -> 
         "seconds": 0.0,
         "tokens": 0,
         "reason": "off",
+        "source": None,
     }
     assert used(mute_clip)["reason"]
     assert used(mute_clip, "--audio", clip)["tokens"] > 0
