@@ -18,7 +18,7 @@ import numpy as np
 
 COUNTER_ROWS, COUNTER_COLUMNS = 2, 8  # 16 bits, most significant first
 TICK = Fraction(1, 90_000)  # video time base: exact for 10, 15, 24, 25, 30 fps
-LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
 VIDEO_CODECS = {".webm": "libvpx-vp9", ".gif": "gif"}
 AUDIO_CODECS = {
     ".webm": "libopus",
@@ -83,7 +83,7 @@ def make_clip(
         audio: "tone", "silent", "antiphase" (second channel is minus the first), samples as
             float [S] or [S, channels], or None for no sound track.
         audio_rate: samples per second.
-        channels: 1, 2 or 6 (5.1).
+        channels: 1, 2, 6 (5.1) or 8 (7.1).
         gains: factor of each channel; 1 by default.
         audio_seconds: length of the sound.
         audio_start_s: the first sample's time: sound that starts late.

@@ -33,6 +33,7 @@ from av_llava.media.image import looks_like_image
 from av_llava.media.limits import DEFAULT_LIMITS, Deadline, Limits
 from av_llava.media.source import LocalFile, Source, is_remote, local_file
 from av_llava.media.types import AudioClip, AudioStatus
+from av_llava.media.watch import watched_call
 from av_llava.media.worker import run_in_worker
 from av_llava.sampling import check_window
 
@@ -48,6 +49,8 @@ _SILENT_PEAK = 2.0**-16
 # A jump ahead by more than this is a clock that was reset, not silence.
 _LONGEST_GAP_S = 1800.0
 _FIRST_ROOM_S = 60.0
+_TOO_MANY_PLANES = 8
+_RATES_HZ = (1000, 1_000_000)
 # Containers whose header states the length of the sound exactly.
 _EXACT_HEADERS = frozenset({"mov", "mp4", "wav", "flac"})
 _WORKER_GRACE_S = 15.0
@@ -99,7 +102,11 @@ def read_audio(
                 what=file.name,
             )
         else:
-            clip = read_local_audio(file, start_s, end_s, max_seconds, limits)
+            deadline = Deadline(limits, file.name)
+            clip = watched_call(
+                lambda: read_local_audio(file, start_s, end_s, max_seconds, limits, deadline),
+                deadline,
+            )
     if strict and clip.channels == 0:
         raise MediaError(
             f"{clip.source!r} has no sound track. Give the sound as a separate file, or do "
@@ -114,9 +121,10 @@ def read_local_audio(
     end_s: float | None,
     max_seconds: float | None,
     limits: Limits,
+    deadline: Deadline | None = None,
 ) -> AudioClip:
     """Read the sound of a local file in this process; see `read_audio`."""
-    deadline = Deadline(limits.max_decode_s, file.name)
+    deadline = deadline or Deadline(limits, file.name)
     begin_s = start_s or 0.0
     with open_container(file, deadline) as container:
         stream = audio_stream(container)
@@ -135,6 +143,13 @@ def read_local_audio(
         decoder = _Decoder(container, stream, deadline)
         track = _Track(begin_s, stop_s, np.inf if end_s is None else end_s)
         for at_s, samples, peak, rate in decoder.frames(begin_s - _PREROLL_S):
+            if not _RATES_HZ[0] <= rate <= _RATES_HZ[1]:
+                raise MediaError(
+                    f"{file.name!r} states {rate} samples of sound per second: a damaged header."
+                )
+            until_s = (at_s or 0.0) - begin_s + len(samples) / rate
+            memory = 4 * min(until_s, longest_s) * rate
+            limits.check("max_batch_bytes", memory, repr(file.name), "its sound in bytes")
             track.add(at_s, samples, peak, rate)
             if track.full:
                 break
@@ -226,7 +241,7 @@ class _Decoder:
         self.last_error = ""
         self.rates: set[int] = set()
         self._resampler: av.AudioResampler | None = None
-        self._resampler_rate = 0
+        self._resampler_input: tuple[int, str, str] | None = None
 
     def frames(self, from_s: float) -> Iterator[tuple[float | None, np.ndarray, float, int]]:
         """Yield (time in seconds, float32 [S], peak of any channel, rate in Hz), mixed.
@@ -240,7 +255,7 @@ class _Decoder:
                 rate = rate or frame.sample_rate
                 self.rates.add(frame.sample_rate)
                 at_s = self._time_s(frame)
-                for part in [frame] if frame.sample_rate == rate else self._converted(frame, rate):
+                for part in self._readable(frame, rate):
                     samples, peak = to_mono(part)
                     yield at_s, samples, peak, rate
                     at_s = None
@@ -300,12 +315,23 @@ class _Decoder:
         tick = Fraction(base.numerator, base.denominator) if base else self.time_base
         return float(frame.pts * tick - self.origin * self.time_base)
 
-    def _converted(self, frame: av.AudioFrame, rate: int) -> list[av.AudioFrame]:
-        """Bring a frame of another rate to the track's first rate (rare: broadcasts do this)."""
-        if self._resampler is None or self._resampler_rate != frame.sample_rate:
-            self._resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=rate)
-            self._resampler_rate = frame.sample_rate
-        return self._resampler.resample(frame)
+    def _readable(self, frame: av.AudioFrame, rate: int) -> list[av.AudioFrame]:
+        """Bring a frame to the track's first rate (broadcasts change it), and into one plane.
+
+        From 8 planes on, PyAV (18.1) reads past the end of FFmpeg's list of planes and crashes.
+        """
+        many = frame.format.is_planar and frame.layout.nb_channels >= _TOO_MANY_PLANES
+        if frame.sample_rate == rate and not many:
+            return [frame]
+        kind = (frame.sample_rate, frame.layout.name, frame.format.name)
+        if self._resampler is None or self._resampler_input != kind:
+            self._resampler = av.AudioResampler(format="flt", layout=frame.layout, rate=rate)
+            self._resampler_input = kind
+        try:
+            return self._resampler.resample(frame)
+        except FFmpegError as error:
+            self._note(error)
+            return []
 
 
 class _Track:

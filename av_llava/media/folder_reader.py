@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from av_llava.errors import MediaError
-from av_llava.media.image import SUFFIXES, animation_frames, load_picture, open_picture, to_rgb
+from av_llava.media.image import (
+    SUFFIXES,
+    animation_frames,
+    load_picture,
+    open_picture,
+    show,
+    to_rgb,
+)
 from av_llava.media.limits import Deadline, Limits
 from av_llava.media.source import LocalFile, checked
 
@@ -60,10 +67,9 @@ def animation_table(file: LocalFile, limits: Limits, deadline: Deadline) -> np.n
     """Return when each frame of an animated WebP appears, and the end: float64 [n + 1]."""
     with open_picture(file, limits) as picture:
         times_ms = [0.0]
-        for index in range(animation_frames(picture)):
+        for index in range(animation_frames(file, picture)):
             deadline.check()
-            picture.seek(index)
-            picture.load()
+            show(file, picture, index)
             times_ms.append(times_ms[-1] + float(picture.info.get("duration", 100) or 100))
     return np.asarray(times_ms) / 1000
 
@@ -75,5 +81,5 @@ def animation_pictures(
     with open_picture(file, limits) as picture:
         for index in wanted:
             deadline.check()
-            picture.seek(index)
+            show(file, picture, index)
             yield index, np.asarray(to_rgb(picture))

@@ -6,7 +6,9 @@ orientation applied; a truncated file or a picture above ``max_pixels`` raises `
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -18,6 +20,12 @@ from av_llava.media.source import LocalFile, Source, local_file
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 ANIMATED = ("GIF", "WEBP", "PNG")
+
+# What Pillow's readers raise on damaged files; they parse with plain indexing.
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError,
+    ArithmeticError, MemoryError, struct.error, zlib.error,
+)  # fmt: skip
 
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P4", b"P5", b"P6")
 
@@ -40,10 +48,8 @@ def load_picture(file: LocalFile, limits: Limits) -> Image.Image:
         try:
             upright = ImageOps.exif_transpose(picture)
             return to_rgb(upright)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise MediaError(
-                f"{file.name!r} is a damaged or truncated {picture.format} image: {error}."
-            ) from error
+        except _DAMAGED as error:
+            raise damaged(file, picture, error) from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -63,7 +69,7 @@ def open_picture(file: LocalFile, limits: Limits) -> Image.Image:
             picture = Image.open(file.path, formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise MediaError(f"{file.name!r} is too large a picture: {error}.") from error
-        except (OSError, SyntaxError, ValueError) as error:
+        except _DAMAGED as error:
             raise MediaError(
                 f"{file.name!r} is not an image that can be read ({', '.join(FORMATS)})."
             ) from error
@@ -84,8 +90,28 @@ def looks_like_image(path: Path) -> bool:
     return head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
-def animation_frames(picture: Image.Image) -> int:
+def animation_frames(file: LocalFile, picture: Image.Image) -> int:
     """Return the number of frames of an animation, 1 for a still image."""
     if picture.format not in ANIMATED:
         return 1  # pages of a TIFF and the second eye of an MPO are no film
-    return int(getattr(picture, "n_frames", 1))
+    try:
+        return int(getattr(picture, "n_frames", 1))
+    except _DAMAGED as error:
+        raise damaged(file, picture, error) from error
+
+
+def show(file: LocalFile, picture: Image.Image, index: int) -> None:
+    """Bring a frame of an animation up, decoded."""
+    try:
+        picture.seek(index)
+        picture.load()
+    except _DAMAGED as error:
+        raise damaged(file, picture, error) from error
+
+
+def damaged(file: LocalFile, picture: Image.Image, error: BaseException) -> MediaError:
+    """Make the error for an image whose header could be read but not its contents."""
+    return MediaError(
+        f"{file.name!r} is a damaged or truncated {picture.format} image: "
+        f"{error or type(error).__name__}."
+    )

@@ -36,6 +36,8 @@ class Limits(Settings):
     """Bytes of the frames returned by one read."""
     max_decode_s: float = 600.0
     """Seconds that one read may take."""
+    max_stall_s: float = 60.0
+    """Seconds that a decoder may spend without giving a sign of life."""
 
     def __post_init__(self) -> None:
         for name, value in self.to_dict().items():
@@ -55,20 +57,31 @@ DEFAULT_LIMITS = Limits()
 
 
 class Deadline:
-    """A point in time after which decoding one medium gives up."""
+    """A point in time after which reading one medium gives up, and a sign of life until then."""
 
-    def __init__(self, seconds: float, name: str) -> None:
-        self.seconds, self.name = seconds, name
-        self._end = time.monotonic() + seconds
+    def __init__(self, limits: Limits, name: str) -> None:
+        self.seconds, self.stall_s, self.name = limits.max_decode_s, limits.max_stall_s, name
+        self._end = time.monotonic() + self.seconds
+        self._alive = time.monotonic()
 
     @property
     def left_s(self) -> float:
         """Seconds left, at least a small positive number."""
         return max(self._end - time.monotonic(), 1e-3)
 
+    @property
+    def stalled(self) -> bool:
+        """Whether there has been no sign of life for ``max_stall_s``."""
+        return time.monotonic() - self._alive > self.stall_s
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        self._alive = time.monotonic()
+
     def check(self) -> None:
-        """Raise MediaError once the time is up."""
-        if time.monotonic() > self._end:
+        """Give a sign of life; raise MediaError once the time is up."""
+        self._alive = now = time.monotonic()
+        if now > self._end:
             raise MediaError(
                 f"{self.name}: decoding took longer than {self.seconds:g} s (max_decode_s). "
                 f"Choose a shorter window or fewer frames, or raise the limit."

@@ -24,6 +24,7 @@ from av_llava.media.image import animation_frames, looks_like_image, open_pictur
 from av_llava.media.limits import DEFAULT_LIMITS, Deadline, Limits
 from av_llava.media.source import LocalFile, Source, local_file
 from av_llava.media.types import AudioStreamInfo, MediaInfo, MediaKind, VideoStreamInfo
+from av_llava.media.watch import watched_call
 
 
 def probe(source: Source, limits: Limits = DEFAULT_LIMITS) -> MediaInfo:
@@ -39,7 +40,8 @@ def probe(source: Source, limits: Limits = DEFAULT_LIMITS) -> MediaInfo:
             container that is not accepted, a playlist, or beyond the limits.
     """
     with local_file(source, limits) as file:
-        return probe_file(file, limits)
+        deadline = Deadline(limits, file.name)
+        return watched_call(lambda: probe_file(file, limits), deadline)
 
 
 def probe_file(file: LocalFile, limits: Limits) -> MediaInfo:
@@ -50,7 +52,7 @@ def probe_file(file: LocalFile, limits: Limits) -> MediaInfo:
         still = _picture(file, limits)
         if still is not None:
             return still
-    with open_container(file, Deadline(limits.max_decode_s, file.name)) as container:
+    with open_container(file, Deadline(limits, file.name)) as container:
         film, sound = video_stream(container), audio_stream(container)
         if film is None and sound is None:
             raise MediaError(f"{file.name!r} holds neither picture nor sound.")
@@ -81,7 +83,7 @@ def is_animated_webp(file: LocalFile, limits: Limits) -> bool:
     if not looks_like_image(file.path):
         return False
     with open_picture(file, limits) as picture:
-        return picture.format == "WEBP" and animation_frames(picture) > 1
+        return picture.format == "WEBP" and animation_frames(file, picture) > 1
 
 
 def _video_info(
@@ -129,7 +131,7 @@ def _audio_info(container: av.container.InputContainer, stream: av.AudioStream) 
 def _picture(file: LocalFile, limits: Limits) -> MediaInfo | None:
     """Describe a still image or an animated WebP; None for animations that FFmpeg reads."""
     with open_picture(file, limits) as picture:
-        frames = animation_frames(picture)
+        frames = animation_frames(file, picture)
         if frames > 1 and picture.format != "WEBP":
             return None
         stream = VideoStreamInfo(

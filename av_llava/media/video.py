@@ -29,6 +29,7 @@ from av_llava.media.pyav_reader import PyAVReader
 from av_llava.media.source import LocalFile, Source, is_remote, local_file
 from av_llava.media.table import FrameTable, scan_table
 from av_llava.media.types import FrameBatch
+from av_llava.media.watch import DecoderHangsError, watched_call, watched_items
 from av_llava.media.worker import CallHere, in_worker, run_in_worker
 from av_llava.sampling import check_window, choose_frames, shown_at, window_indices
 from av_llava.settings import SamplingSettings
@@ -132,11 +133,11 @@ def scan_frames(
     """
     check_window(start_s, end_s)
     with local_file(source, limits) as file:
-        deadline = Deadline(limits.max_decode_s, file.name)
+        deadline = Deadline(limits, file.name)
         pictures = _pictures(file, source_fps, limits, deadline)
         if pictures is not None:
             return pictures.table
-        return scan_table(file, limits, deadline, start_s, end_s)
+        return watched_call(lambda: scan_table(file, limits, deadline, start_s, end_s), deadline)
 
 
 class FrameStack:
@@ -203,14 +204,32 @@ def read_pyav(
     threads: int | None = None,
 ) -> FrameBatch:
     """Read with PyAV; see `read_frames`."""
-    deadline = Deadline(limits.max_decode_s, file.name)
-    table = scan_table(file, limits, deadline, request.start_s, request.end_s)
+    deadline = Deadline(limits, file.name)
+    table = watched_call(
+        lambda: scan_table(file, limits, deadline, request.start_s, request.end_s), deadline
+    )
     stack = FrameStack(request.choose(table.pts_s, table.avg_fps), resize, limits, file.name)
-    reader = PyAVReader(file, table, limits, deadline, threads)
-    for index, time_s, picture in reader.frames(stack.wanted):
-        stack.add(index, time_s, picture)
+    try:
+        reader = _decode(file, table, stack, limits, deadline, threads)
+    except DecoderHangsError:  # several decoding threads waiting for each other
+        reader = _decode(file, table, stack, limits, deadline, threads=1)
     notes = table.warnings + reader.report.warnings(len(stack.wanted))
     return _batch(file, request, table, stack, "pyav", notes)
+
+
+def _decode(
+    file: LocalFile,
+    table: FrameTable,
+    stack: FrameStack,
+    limits: Limits,
+    deadline: Deadline,
+    threads: int | None,
+) -> PyAVReader:
+    """Decode the wanted frames in another thread, while this one resizes them."""
+    reader = PyAVReader(file, table, limits, deadline, threads)
+    for index, time_s, picture in watched_items(lambda: reader.frames(stack.wanted), deadline):
+        stack.add(index, time_s, picture)
+    return reader
 
 
 def read_decord(
@@ -223,7 +242,7 @@ def read_decord(
     """Read with decord, in a worker process; see `read_frames`."""
     if not in_worker():
         return _in_worker("decord", file, request, resize, limits, threads)
-    deadline = Deadline(limits.max_decode_s, file.name)
+    deadline = Deadline(limits, file.name)
     with open_container(file, deadline) as container:
         stream = need_video(container, file.name, limits)
         kind = container.format.name
@@ -291,7 +310,7 @@ def read_local(
     threads: int | None,
 ) -> FrameBatch:
     """Read frames of a local file in this process by the backend of that name."""
-    deadline = Deadline(limits.max_decode_s, file.name)
+    deadline = Deadline(limits, file.name)
     pictures = _pictures(file, request.settings.source_fps, limits, deadline)
     if pictures is None:
         return VIDEO_BACKENDS[backend](file, request, resize, limits, threads)

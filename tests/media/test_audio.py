@@ -252,6 +252,16 @@ def test_published_weights_of_5_1() -> None:
     np.testing.assert_allclose(mix_weights(("?",) * 3, 3), [1 / 3] * 3)
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "aac"), ("a.mkv", "libopus")])
+def test_eight_channels(clip: Any, name: str, codec: str) -> None:
+    """Eight planes are where reading decoded sound naively crashes the process."""
+    path = clip(name, channels=8, audio_rate=48_000, audio_codec=codec)
+    sound = read_audio(path)
+    assert (sound.channels, sound.status, sound.warnings) == (8, "ok", ())
+    assert abs(burst_on_the_time_line(sound) - 1.0) < BURST_TOLERANCE_S
+    assert tone_rms(sound.waveform, 48_000, 1.2, 1.8) / TONE_RMS == pytest.approx(1.0, rel=0.05)
+
+
 def test_each_channel_of_5_1_by_its_weight(clip: Any) -> None:
     names = [channel.name for channel in av.AudioLayout(LAYOUTS[6]).channels]
     weights = mix_weights(tuple(names), 6)
