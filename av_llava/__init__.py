@@ -29,6 +29,7 @@ _NAMES = {
     "MediaPlanner": "planning",
     "SplicePlan": "splice",
     "tokenizer_image_token": "chat",
+    "process_images": "processor",
     "IMAGE_TOKEN_INDEX": "settings",
     "VIDEO_TOKEN_INDEX": "settings",
     "AUDIO_TOKEN_INDEX": "settings",

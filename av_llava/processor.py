@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from av_llava.chat import (
@@ -26,6 +27,7 @@ from av_llava.chat import (
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import UsageError, unknown_name
 from av_llava.images import ImageProcessor, PixelSpec
+from av_llava.images import process_images as tiles_of_images
 from av_llava.media_inputs import (
     MediaOptions,
     check_audio_mode,
@@ -90,6 +92,21 @@ class AVLlavaProcessor(ProcessorMixin):
     def preprocess(self, images: Any, return_tensors: str | None = None) -> dict[str, Any]:
         """Images or frames to normalised pixels, as LLaVA's image processor does."""
         return self.image_processor.preprocess(images, return_tensors=return_tensors)
+
+    @property
+    def crop_size(self) -> dict[str, int]:
+        """Height and width of the pixels, as LLaVA's image processor names them."""
+        return self.image_processor.crop_size
+
+    @property
+    def image_mean(self) -> list[float]:
+        """Mean of each channel."""
+        return self.image_processor.image_mean
+
+    @property
+    def image_std(self) -> list[float]:
+        """Standard deviation of each channel."""
+        return self.image_processor.image_std
 
     # ---------------------------------------------------------------- loading and saving
 
@@ -266,6 +283,22 @@ class AVLlavaProcessor(ProcessorMixin):
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """Ids of several samples to texts."""
         return self.tokenizer.batch_decode(*args, **kwargs)
+
+
+def process_images(
+    images: Sequence[Any], processor: AVLlavaProcessor, config: AVLlavaConfig
+) -> Tensor | list[Tensor]:
+    """LLaVA's function of this name, with the processor of ``load_pretrained_model``.
+
+    Args:
+        images: Pillow images or uint8 [H, W, 3].
+        processor: of the model.
+        config: of the model (``model.config``); says how images are cut into tiles.
+
+    Returns:
+        Normalised tiles: see :func:`av_llava.images.process_images`.
+    """
+    return tiles_of_images(images, processor.image_processor, config.image)
 
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
