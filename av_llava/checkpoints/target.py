@@ -6,7 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import accelerate
 import torch
+from packaging.version import Version
 
 from av_llava.errors import UsageError, unknown_name
 
@@ -144,3 +146,18 @@ def _check_place(what: str, place: Any) -> None:
     except UsageError as error:
         more = f" or a strategy: {', '.join(_PLACEMENTS)}" if what == "device_map" else " or disk"
         raise UsageError(f"{what} is {place!r}; it must be a device{more}. {error}") from error
+
+
+def check_tied_offload(model: Any) -> None:
+    """Refuse what old versions of accelerate compute wrongly.
+
+    They know tied weights by their address, and all weights on disk have address 0: any of them
+    may then be taken for the embeddings.
+    """
+    on_disk = model.get_input_embeddings().weight.is_meta
+    old = Version(accelerate.__version__) < Version("1.15")
+    if on_disk and old and model.config.tie_word_embeddings:
+        raise UsageError(
+            f"accelerate {accelerate.__version__} cannot keep tied embeddings on disk: install "
+            f"accelerate 1.15 or later, or keep model.language_model on a device."
+        )

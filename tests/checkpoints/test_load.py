@@ -586,6 +586,8 @@ def test_a_sentencepiece_tokenizer_loads(tmp_path):
         bos_id=1,
         eos_id=2,
         pad_id=-1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         minloglevel=2,
     )
     settings = {
