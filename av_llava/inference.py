@@ -290,6 +290,7 @@ def load(
     attn_implementation: str | None = None,
     device_map: Any = None,
     overwrite_config: Mapping[str, Any] | None = None,
+    quantize: str | None = None,
 ) -> AVLlava:
     """Load a checkpoint of the LLaVA family.
 
@@ -303,9 +304,16 @@ def load(
         attn_implementation: sdpa (default), eager, flash_attention_2.
         device_map: of accelerate, to spread or offload the model.
         overwrite_config: values of the folder's ``config.json`` to change.
+        quantize: "4bit" or "8bit" (bitsandbytes) or "int8" (torchao) for the language model's
+            linear layers; None keeps the folder's precision.
     """
     if path is None:
-        given = {"base": base, "device_map": device_map, "overwrite_config": overwrite_config}
+        given = {
+            "base": base,
+            "device_map": device_map,
+            "overwrite_config": overwrite_config,
+            "quantize": quantize,
+        }
         for name, value in given.items():
             if value is not None:
                 raise UsageError(f"{name} goes with a path; the default model takes none.")
@@ -326,6 +334,7 @@ def load(
         attn_implementation=attn_implementation,
         device_map=device_map,
         overwrite_config=overwrite_config,
+        quantize=quantize,
     )
     processor = AVLlavaProcessor(loaded.tokenizer, loaded.model.config)
     return AVLlava(loaded.model, processor, str(path))

@@ -32,7 +32,8 @@ def load_pretrained_model(
         model_path: folder or hub id.
         model_base: what an adapter, a LoRA or a projector-only folder stands on.
         model_name: accepted and ignored: what a checkpoint is comes from its content.
-        load_8bit, load_4bit: not supported yet.
+        load_8bit, load_4bit: quantise the language model's linear layers with bitsandbytes; at most
+            one of them.
         device_map: of accelerate.
         device: cpu, cuda, ...; None chooses.
         dtype: None keeps the checkpoint's.
@@ -45,8 +46,8 @@ def load_pretrained_model(
         tokenizer, model, processor (with LLaVA's ``preprocess``), context length in tokens.
     """
     del model_name
-    if load_8bit or load_4bit:
-        raise UsageError("Loading in 8 or 4 bits is not supported yet: leave it out.")
+    if load_8bit and load_4bit:
+        raise UsageError("load_8bit and load_4bit were both given; choose one.")
     loaded = load_any(
         model_path,
         model_base,
@@ -55,6 +56,7 @@ def load_pretrained_model(
         device_map=device_map,
         attn_implementation=attn_implementation,
         overwrite_config=overwrite_config,
+        quantize="4bit" if load_4bit else "8bit" if load_8bit else None,
     )
     processor = AVLlavaProcessor(loaded.tokenizer, loaded.model.config)
     return loaded.tokenizer, loaded.model, processor, context_length(loaded.model.config)

@@ -27,10 +27,18 @@ from av_llava.budgeting import frames_that_fit
 from av_llava.checkpoints import hf_format
 from av_llava.checkpoints.folder import CheckpointFolder, read_json, sentence, unreadable
 from av_llava.checkpoints.overwrite import overwritten
+from av_llava.checkpoints.quantize import (
+    WeightsPlan,
+    check_scheme,
+    plain_keys,
+    plan_weights,
+    settle,
+    stored_scheme,
+)
 from av_llava.checkpoints.target import (
     check_device_map,
+    check_tied_offload,
     resolve_device,
-    resolve_dtype,
     stored_dtype,
 )
 from av_llava.checkpoints.tokenizers import load_tokenizer
@@ -107,6 +115,7 @@ def load_checkpoint(
     device_map: Any = None,
     attn_implementation: str | None = None,
     overwrite_config: Mapping[str, Any] | None = None,
+    quantize: str | None = None,
 ) -> Loaded:
     """Load a full checkpoint.
 
@@ -117,11 +126,13 @@ def load_checkpoint(
         device_map: of accelerate, e.g. ``"auto"``.
         attn_implementation: sdpa (default), eager, flash_attention_2.
         overwrite_config: values to change in the folder's config before it is read.
+        quantize: 4bit, 8bit or int8; see :mod:`av_llava.checkpoints.quantize`.
 
     Raises:
         CheckpointError: the folder cannot be loaded completely.
     """
     check_device_map(device_map)
+    check_scheme(quantize)
     target = resolve_device(device)
     folder = locate(path)
     folder.check_files()
@@ -138,19 +149,16 @@ def load_checkpoint(
             AVLlavaForConditionalGeneration(copy.deepcopy(config))
     tokenizer = load_tokenizer(folder, config)
     generation = generation_config(folder, config)
-    model, report = materialise(
-        folder,
-        config,
-        dtype=resolve_dtype(dtype, stored, target),
-        device_map=device_map,
-        attn_implementation=attn_implementation,
+    plan = plan_weights(
+        folder, quantize, dtype=dtype, own_dtype=stored, device=target, device_map=device_map
     )
+    model, report = materialise(folder, config, plan, attn_implementation=attn_implementation)
     missing = set(report["missing_keys"])
     if tower is not None and not _has_vision_tower(folder):
         missing -= fill_vision_tower(model, tower)
     check_report(folder, missing, report)
     model.generation_config = generation
-    if device_map is None:
+    if plan.device_map is None:
         model.to(target)
     return Loaded(model.eval(), tokenizer, folder.path, tower)
 
@@ -158,9 +166,8 @@ def load_checkpoint(
 def materialise(
     folder: CheckpointFolder,
     config: AVLlavaConfig,
+    plan: WeightsPlan,
     *,
-    dtype: torch.dtype,
-    device_map: Any = None,
     attn_implementation: str | None = None,
 ) -> tuple[AVLlavaForConditionalGeneration, dict[str, Any]]:
     """Make the model and read a folder's weights into it.
@@ -169,6 +176,7 @@ def materialise(
         The model, and transformers' report of missing, unexpected and mismatched keys.
     """
     renames = dict(hf_format.HF_TO_MEMORY) if hf_format.is_hf_llava_config(folder.config) else None
+    device_map = plan.device_map
     # For weights on disk that cannot be read from the checkpoint's own files, such as .bin.
     offload = TemporaryDirectory(prefix="av-llava-") if device_map is not None else None
     try:
@@ -176,8 +184,9 @@ def materialise(
             model, report = AVLlavaForConditionalGeneration.from_pretrained(
                 folder.path,
                 config=config,
-                dtype=dtype,
+                dtype=plan.dtype,
                 device_map=device_map,
+                quantization_config=plan.prepare(config),
                 attn_implementation=attn_implementation,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -194,6 +203,9 @@ def materialise(
         ) from error
     if offload is not None:
         weakref.finalize(model, offload.cleanup)
+        check_tied_offload(model)
+    if plan.scheme is not None:
+        report["mismatched_keys"] = [*report["mismatched_keys"], *settle(model, plan)]
     return model, report
 
 
@@ -295,7 +307,8 @@ def memory_keys(folder: CheckpointFolder) -> set[str]:
     """Names in memory of the tensors in a folder, without those that hold nothing used."""
     hf = hf_format.is_hf_llava_config(folder.config)
     rename = hf_format.memory_name if hf else memory_name
-    return {rename(key) for key in folder.keys if not ignored(key)}
+    keys = folder.keys if stored_scheme(folder) is None else plain_keys(folder.keys)
+    return {rename(key) for key in keys if not ignored(key)}
 
 
 def _with_marks(config: AVLlavaConfig, folder: CheckpointFolder) -> AVLlavaConfig:

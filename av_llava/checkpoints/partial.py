@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from av_llava.checkpoints.folder import CheckpointFolder, load_pickle, read_json
 from av_llava.checkpoints.load import (
@@ -30,7 +30,8 @@ from av_llava.checkpoints.load import (
     materialise,
     read_config,
 )
-from av_llava.checkpoints.target import check_device_map, resolve_device, resolve_dtype
+from av_llava.checkpoints.quantize import check_scheme, plan_weights, quantized_layers
+from av_llava.checkpoints.target import check_device_map, resolve_device
 from av_llava.checkpoints.tokenizers import load_tokenizer
 from av_llava.checkpoints.tokens import ensure_tokens
 from av_llava.errors import CheckpointError
@@ -152,6 +153,7 @@ def load_partial(
     device_map: Any = None,
     attn_implementation: str | None = None,
     overwrite_config: Mapping[str, Any] | None = None,
+    quantize: str | None = None,
     merge: bool = True,
 ) -> Loaded:
     """Load a folder that stands on a base.
@@ -159,13 +161,17 @@ def load_partial(
     Args:
         path: the folder with the parts.
         base: its base; None takes what the folder names.
-        device, dtype, device_map, attn_implementation, overwrite_config: as for full checkpoints.
+        device, dtype, device_map, attn_implementation, overwrite_config, quantize: as for full
+            checkpoints.
         merge: add a LoRA to the weights; False keeps it apart (``model`` is then a PEFT model).
+            Weights that are quantised cannot take it up: it then stays beside them, inside the
+            model.
 
     Raises:
         CheckpointError: something is missing, left over, or does not fit the base.
     """
     check_device_map(device_map)
+    check_scheme(quantize)
     target = resolve_device(device)
     parts = locate(path)
     under = base_of(parts, base)
@@ -174,13 +180,10 @@ def load_partial(
     described = folder if folder.holds("config.json") else under
     source = PartialFolder(described.path, base=under) if described is not under else under
     config, tower = read_config(source, overwrite_config)
-    model, report = materialise(
-        under,
-        config,
-        dtype=resolve_dtype(dtype, config.dtype, target),
-        device_map=device_map,
-        attn_implementation=attn_implementation,
+    plan = plan_weights(
+        under, quantize, dtype=dtype, own_dtype=config.dtype, device=target, device_map=device_map
     )
+    model, report = materialise(under, config, plan, attn_implementation=attn_implementation)
     missing, extra = set(report["missing_keys"]), dict(folder.extra)
     if tower is not None and not source.has("model.vision_tower."):
         missing -= fill_vision_tower(model, tower)
@@ -191,8 +194,9 @@ def load_partial(
     ensure_tokens(model, tokenizer)
     model.generation_config = generation_config(under, config)
     if folder.is_adapter:
-        model = attach_lora(model, folder, merge=merge)
-    if device_map is None:
+        lora = attach_lora(model, folder, merge=merge and plan.scheme is None)
+        model = lora.get_base_model() if merge and plan.scheme is not None else lora
+    if plan.device_map is None:
         model.to(target)
     return Loaded(model.eval(), tokenizer, parts.path, tower)
 
@@ -227,6 +231,7 @@ def apply_weights(
         CheckpointError: a name that the model does not have, or another shape.
     """
     own = model.state_dict()
+    quantized = {f"{layer}.weight" for layer in quantized_layers(model)}
     filled = set()
     for key, value in state.items():
         name = memory_name(key)
@@ -234,6 +239,11 @@ def apply_weights(
             raise CheckpointError(
                 f"{where} holds {key}, which the model does not have. Is its config.json the one "
                 f"that it was trained with?"
+            )
+        if name in quantized:
+            raise CheckpointError(
+                f"{where} holds {key} as a whole, which a base in 4 or 8 bits cannot take. Load it "
+                f"without quantize."
             )
         if own[name].shape != value.shape:
             raise CheckpointError(
@@ -326,10 +336,12 @@ def _lora_modules(model: Any, state: Mapping[str, Tensor], file: Path) -> list[s
                 f"{file} changes {match['module']!r}, which the model does not have. It was made "
                 f"for another base."
             )
-        if match["part"] == "lora_A" and value.shape[1] != module.weight.shape[1]:
+        # Packed weights have another shape than their layer.
+        width = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[1]
+        if match["part"] == "lora_A" and value.shape[1] != width:
             raise CheckpointError(
                 f"{file}: {key} has shape {tuple(value.shape)}, but its layer in this base takes "
-                f"{module.weight.shape[1]} channels. It was made for another base."
+                f"{width} channels. It was made for another base."
             )
         names.append(match["module"])
     return sorted(set(names))
