@@ -579,3 +579,35 @@ def test_llavas_names_are_refused_in_our_layout_with_the_part_that_holds_them(na
 def test_other_names_are_refused_in_our_layout():
     with pytest.raises(UsageError, match="Did you mean 'sampling'"):
         overwritten(own_config().to_dict(), {"samplng": {}})
+
+
+@pytest.mark.parametrize("network", ["text_config", "vision_config", "audio_config"])
+def test_unknown_fields_of_networks_are_refused(network):
+    with pytest.raises(UsageError, match=f"field of {network} in overwrite_config 'num_layerz'"):
+        overwritten(own_config().to_dict(), {network: {"num_layerz": 1}})
+
+
+HF = {
+    "model_type": "llava_next",
+    "vision_feature_layer": -2,
+    "text_config": {"model_type": "mistral", "hidden_size": 64, "rope_theta": 1e6},
+    "vision_config": {"model_type": "clip_vision_model", "hidden_size": 32},
+}
+
+
+def test_transformers_files_are_changed_field_by_field():
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    changed = overwritten(
+        HF, {"vision_feature_layer": -1, "text_config": {"rope_scaling": scaling}}
+    )
+    assert changed["vision_feature_layer"] == -1
+    assert changed["text_config"] == HF["text_config"] | {"rope_scaling": scaling}
+    assert overwritten(HF, {"image_grid_pinpoints": [[1, 1]]})["image_grid_pinpoints"] == [[1, 1]]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vision_featur_layer": -1}, {"text_config": {"hiden_size": 3}}]
+)
+def test_names_that_transformers_files_do_not_know_are_refused(changes):
+    with pytest.raises(UsageError, match="Did you mean"):
+        overwritten(HF, changes)

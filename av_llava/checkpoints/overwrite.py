@@ -42,7 +42,34 @@ def overwritten(data: Mapping[str, Any], changes: Mapping[str, Any] | None) -> d
         for key in changes:
             if key not in known:
                 raise unknown_name("value of overwrite_config", key, LLAVA_FIELDS)
-    return {**data, **changes}
+        return merged
+    return _overwritten_networks(data, changes)
+
+
+def _overwritten_networks(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """In transformers' layout, whose dicts are changed field by field, too."""
+    known = _fields_of(data)
+    for key, value in changes.items():
+        if known and key not in known:
+            raise unknown_name("value of overwrite_config", key, known)
+        if isinstance(value, Mapping):
+            _check_fields(key, value, data.get(key))
+    return {**data, **{k: _merged(data.get(k), v) for k, v in changes.items()}}
+
+
+def _fields_of(network: Any) -> set[str]:
+    """Names that the configuration of a network knows; none for an unknown network."""
+    kind = network.get("model_type") if isinstance(network, Mapping) else None
+    if kind not in CONFIG_MAPPING:
+        return set()
+    return {*network, *CONFIG_MAPPING[kind]().to_dict(), "rope_theta", "rope_scaling"}
+
+
+def _check_fields(name: str, changes: Mapping[str, Any], network: Any) -> None:
+    known = _fields_of(network) | _fields_of(changes)
+    for key in changes:
+        if known and key not in known:
+            raise unknown_name(f"field of {name} in overwrite_config", key, known)
 
 
 _NETWORKS = ("text_config", "vision_config", "audio_config")
@@ -72,6 +99,8 @@ def _overwritten_parts(data: Mapping[str, Any], changes: Mapping[str, Any]) -> d
             raise unknown_name("value of overwrite_config", key, _OWN_FIELDS)
         if key == "aggregator" and isinstance(value, str):
             value = settings_of(value)
+        if key in _NETWORKS and isinstance(value, Mapping):
+            _check_fields(key, value, data.get(key))
         if isinstance(value, Settings):
             out[key] = value.to_dict()
         elif key == "text_config" and isinstance(value, Mapping):
