@@ -24,6 +24,7 @@ from av_llava.media.container import (
     is_indexed,
     only,
     open_container,
+    packets,
     start_ticks,
     stream_duration_s,
     stream_start_s,
@@ -129,6 +130,8 @@ def read_local_audio(
     with open_container(file, deadline) as container:
         stream = audio_stream(container)
         if stream is None:
+            if container.streams.audio:
+                raise MediaError(f"{file.name!r}: FFmpeg has no decoder for its sound.")
             return _no_sound(file, 0, NO_TRACK_RATE_HZ, begin_s, "the file has no sound track")
         stated_s = _stated_end_s(container, stream)
         limits.check(
@@ -236,7 +239,7 @@ class _Decoder:
         self.time_base = clock(stream)
         self.origin = start_ticks(stream)
         only(stream)
-        self._source = container.demux(stream)
+        self._source = packets(container, stream)
         self.errors = 0
         self.last_error = ""
         self.rates: set[int] = set()
@@ -291,8 +294,7 @@ class _Decoder:
         try:
             for packet in self._source:
                 self.deadline.check()
-                if packet.dts is not None or packet.pts is not None or packet.size:
-                    return packet
+                return packet
         except FFmpegError as error:
             self._note(error)
         return None

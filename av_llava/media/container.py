@@ -72,9 +72,14 @@ def is_indexed(container: InputContainer) -> bool:
     return not INDEXED.isdisjoint(container.format.name.split(","))
 
 
+def film_streams(container: InputContainer) -> list[av.VideoStream]:
+    """Return the picture streams that are no cover art or thumbnails."""
+    return [s for s in container.streams.video if not s.disposition & _ATTACHED]
+
+
 def video_stream(container: InputContainer) -> av.VideoStream | None:
-    """Return the picture stream that a player shows, or None; cover art does not count."""
-    films = [s for s in container.streams.video if not s.disposition & _ATTACHED]
+    """Return the picture stream that a player shows, or None if none can be decoded."""
+    films = [s for s in film_streams(container) if s.codec_context is not None]
     best = container.streams.best("video")
     for stream in films:
         if stream is best:
@@ -83,8 +88,11 @@ def video_stream(container: InputContainer) -> av.VideoStream | None:
 
 
 def audio_stream(container: InputContainer) -> av.AudioStream | None:
-    """Return the sound stream marked as default, else the first, or None."""
-    tracks = container.streams.audio
+    """Return the sound stream marked as default, else the first, or None.
+
+    Tracks that FFmpeg cannot decode do not count.
+    """
+    tracks = [s for s in container.streams.audio if s.codec_context is not None]
     marked = (s for s in tracks if s.disposition & Disposition.default)
     return next(marked, tracks[0] if tracks else None)
 
@@ -96,14 +104,14 @@ def need_video(container: InputContainer, name: str, limits: Limits) -> av.Video
         MediaError: there is none, it cannot be decoded, or the picture is too large.
     """
     stream = video_stream(container)
+    if stream is None and film_streams(container):
+        raise MediaError(f"{name!r}: FFmpeg has no decoder for its video stream.")
     if stream is None:
         what = "only sound" if container.streams.audio else "no picture"
         raise MediaError(
             f"{name!r} has no video stream ({what}). Pass a video, or use it as sound."
         )
     context = stream.codec_context
-    if context is None:
-        raise MediaError(f"{name!r}: FFmpeg has no decoder for its video stream.")
     limits.check(
         "max_pixels", context.width * context.height, repr(name), "the picture's pixel count"
     )
@@ -118,6 +126,20 @@ def only(stream: av.stream.Stream) -> None:
         return
     for other in stream.container.streams:
         other.discard = av.stream.Discard.default if other is stream else av.stream.Discard.all
+
+
+def packets(container: InputContainer, stream: av.stream.Stream) -> Iterator[av.Packet]:
+    """Yield the stream's packets that hold data (empty ones mark the end, or repeat a picture).
+
+    Raises:
+        FFmpegError: where a damaged file breaks off.
+    """
+    try:
+        for packet in container.demux(stream):
+            if packet.size:
+                yield packet
+    except IndexError:
+        return  # at the end, PyAV trips over streams that have appeared since the opening
 
 
 def clock(stream: av.stream.Stream) -> Fraction:

@@ -55,7 +55,7 @@ def probe_file(file: LocalFile, limits: Limits) -> MediaInfo:
     with open_container(file, Deadline(limits, file.name)) as container:
         film, sound = video_stream(container), audio_stream(container)
         if film is None and sound is None:
-            raise MediaError(f"{file.name!r} holds neither picture nor sound.")
+            raise MediaError(f"{file.name!r} holds neither picture nor sound that can be decoded.")
         duration_s = container_duration_s(container)
         if duration_s is not None:
             limits.check("max_duration_s", duration_s, repr(file.name), "its length in seconds")

@@ -19,7 +19,7 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 
-from av_llava.media.container import is_indexed, need_video, only, open_container
+from av_llava.media.container import is_indexed, need_video, only, open_container, packets
 from av_llava.media.limits import Deadline, Limits
 from av_llava.media.source import LocalFile
 from av_llava.media.table import NO_TIME, FrameTable
@@ -154,22 +154,22 @@ class PyAVReader:
             only(stream)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = self.threads
-            packets = _Packets(container, stream, self.table, self.deadline, attempt.short_cuts)
+            source = _Packets(container, stream, self.table, self.deadline, attempt.short_cuts)
             for run in runs:
-                for index, frame in self._decode_run(run, stream, packets, attempt):
+                for index, frame in self._decode_run(run, stream, source, attempt):
                     yield index, self._time_s(index, frame), self._picture(frame)
-            if packets.error:
-                self.report.last_error = packets.error
+            if source.error:
+                self.report.last_error = source.error
 
     def _decode_run(
-        self, run: Run, stream: av.VideoStream, packets: _Packets, attempt: Attempt
+        self, run: Run, stream: av.VideoStream, source: _Packets, attempt: Attempt
     ) -> Iterator[tuple[int, av.VideoFrame]]:
         """Decode one run and yield its wanted frames as they come."""
         context = stream.codec_context
         skip = attempt.short_cuts and context.name in _SKIPPABLE and not self.table.counted
         ticks = {int(self.table.ticks[i]) for i in run.frames}
         picker = _Picker(self.table, run, attempt, self.report)
-        for packet in packets.between(run.first, run.stop):
+        for packet in source.between(run.first, run.stop):
             if skip:
                 context.skip_frame = "DEFAULT" if packet.pts in ticks else "NONREF"
             yield from picker.pick(self._decode(context, packet, picker))
@@ -284,7 +284,7 @@ class _Packets:
         )
         if table.seek_ticks is not None:
             container.seek(table.seek_ticks, stream=stream)
-        self._source = container.demux(stream)
+        self._source = packets(container, stream)
 
     def between(self, first: int, stop: int) -> Iterator[av.Packet]:
         """Yield the packets at positions ``first .. stop - 1``; fewer if the file breaks off."""
@@ -310,8 +310,7 @@ class _Packets:
         try:
             for packet in self._source:
                 self.deadline.check()
-                if packet.size:  # empty ones mark the end, or a repeated picture (AVI)
-                    return packet
+                return packet
         except FFmpegError as error:
             self.error = str(error.strerror or error)
         return None

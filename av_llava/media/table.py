@@ -25,6 +25,7 @@ from av_llava.media.container import (
     need_video,
     only,
     open_container,
+    packets,
     start_ticks,
     stream_duration_s,
 )
@@ -145,15 +146,15 @@ def _scan(
     duration_s = container_duration_s(container)
     if duration_s is not None:
         limits.check("max_duration_s", duration_s, repr(name), "its length in seconds")
-    packets = _Packets(name, limits, deadline)
+    found = _Packets(name, limits, deadline)
     seek_ticks = None
     if start_s is not None:
         seek_ticks = int((start_s - _SEEK_MARGIN_S) / tick) + origin
         container.seek(seek_ticks, stream=stream)
-    packets.read(container, stream, None if end_s is None else end_s / tick + origin)
-    if seek_ticks is not None and not packets.begin_before(seek_ticks):
+    found.read(container, stream, None if end_s is None else end_s / tick + origin)
+    if seek_ticks is not None and not found.begin_before(seek_ticks):
         return None
-    return packets.table(stream, origin, duration_s, seek_ticks)
+    return found.table(stream, origin, duration_s, seek_ticks)
 
 
 class _Packets:
@@ -171,9 +172,7 @@ class _Packets:
     ) -> None:
         """Collect packets until the file, or the window, ends; a damaged tail is noted."""
         try:
-            for packet in container.demux(stream):
-                if not packet.size:
-                    continue  # it marks the end, or a repeated picture (AVI)
+            for packet in packets(container, stream):
                 self.deadline.check()
                 self._add(packet)
                 # later packets are shown after their decoding time

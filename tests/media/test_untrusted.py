@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import media_jobs
 import pytest
 from PIL import Image
 
@@ -20,6 +21,7 @@ from av_llava.media import Limits, probe, read_audio, read_frames, read_image
 from av_llava.media.container import CONTAINERS
 from av_llava.media.limits import Deadline
 from av_llava.media.source import playlist_kind
+from av_llava.media.worker import run_in_worker
 
 
 @pytest.fixture
@@ -161,6 +163,32 @@ def test_larger_pictures_later_in_the_stream_are_refused(tmp_path: Path) -> None
     assert batch.frames.shape[1:] == (48, 64, 3)
     assert len(batch) <= 10
     assert any("could not be decoded" in note for note in batch.warnings)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.mp4", {"bframes": 2, "rotation": 90, "cover_art": True}),
+        ("hevc.mp4", {"codec": "libx265", "bframes": 2}),
+        ("a.mkv", {}),
+        ("a.ts", {"bframes": 2}),
+        ("a.flv", {}),
+        ("a.gif", {}),
+        ("a.wav", {}),
+        ("a.flac", {}),
+    ],
+)
+def test_damage_gives_media_errors_and_nothing_else(
+    clip: Any, tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    """In a worker, where a crash of FFmpeg would fail the test and not end the run."""
+    data = clip(name, seconds=1.5, size=(64, 48), **options).read_bytes()
+    outcomes = run_in_worker(
+        media_jobs.read_damaged, data, name, str(tmp_path), 11, 12, timeout_s=300, what=name
+    )
+    assert sum(outcomes.values()) == 48
+    assert not [words for words in outcomes if words.startswith("unnamed")]
+    assert outcomes["sound read"] + outcomes["frames read"] > 0
 
 
 def test_limits_are_checked_settings() -> None:
