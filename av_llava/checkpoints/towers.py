@@ -31,12 +31,14 @@ logger = logging.getLogger(__name__)
 
 # Weights of other frameworks, which repositories of towers hold beside those for torch.
 _OTHER_WEIGHTS = ("*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.tflite", "*.npz")
-# The bases of the hub's error are those of its transport, which changed between its versions.
+# The bases of the hub's error are those of its transport, which changed between its versions; a
+# ValueError is what the page of a captive portal ends in.
 _HUB_ERRORS: tuple[Any, ...] = (
     LocalEntryNotFoundError,
     HfHubHTTPError,
     *HfHubHTTPError.__bases__,
     OSError,
+    ValueError,
 )
 
 

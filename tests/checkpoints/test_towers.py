@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import read_config
-from av_llava.checkpoints.towers import candidates, find_tower
+from av_llava.checkpoints.towers import candidates, fetch, find_tower, hub_folder
 from av_llava.errors import CheckpointError
 from av_llava.vision import PUBLISHED_TOWERS
 
@@ -392,3 +392,17 @@ def test_a_name_that_is_no_text_is_refused(tmp_path, name):
     folder = copy_case(V15, tmp_path)
     edit_config(folder, mm_vision_tower=name)
     assert "mm_vision_tower must be a name" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("not JSON"), OSError("refused"), TimeoutError("slow")]
+)
+def test_what_the_network_may_do_is_told(monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("av_llava.checkpoints.towers.snapshot_download", fail)
+    with pytest.raises(CheckpointError, match="the hub cannot be reached") as caught:
+        fetch("org/clip")
+    assert type(error).__name__ in str(caught.value)
+    assert hub_folder("org/clip") is None
