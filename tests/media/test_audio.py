@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from av_llava.errors import MediaError, UsageError
 from av_llava.media import AudioClip, Limits, read_audio
-from av_llava.media.audio import _Track
 from av_llava.media.downmix import mix_weights
+from av_llava.media.track import Track
 
 TONE_RMS = 0.05 / np.sqrt(2)
 BURST_TOLERANCE_S = 0.005
@@ -374,7 +374,7 @@ def test_track_against_a_plain_model(
 ) -> None:
     """Blocks with gaps and overlaps, placed in a window, equal a sample-by-sample model."""
     rate = 100  # steps up to 3 samples are the clock's rounding
-    track = _Track(begin / rate, (begin + length) / rate, np.inf)
+    track = Track(begin / rate, (begin + length) / rate, np.inf)
     model: dict[int, float] = {}
     at, value, wanted = 0, 1.0, 0
     for step, count in blocks:
@@ -399,7 +399,7 @@ def test_track_against_a_plain_model(
 
 
 def test_clock_that_is_reset_is_followed() -> None:
-    track = _Track(0.0, 1e6, np.inf)
+    track = Track(0.0, 1e6, np.inf)
     one = np.ones(100, np.float32)
     for at_s in (0.0, 1.0, 95_000.0, 95_001.0, 2.0, 3.0):  # a jump of a day ahead, and back
         track.add(at_s, one, 1.0, 100)
