@@ -67,10 +67,14 @@ def _read_folder(name: str, folder: Path) -> AudioTowerFiles:
             f"{folder / 'config.json'} has model_type {kind!r}; audio towers in transformers' "
             f"format are Whisper models."
         )
-    state = read_tensors(folder)
-    prefix = next((p for p in _WHISPER_PREFIXES if any(k.startswith(p) for k in state)), "")
-    encoder = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    encoder = encoder_tensors(read_tensors(folder))
     return AudioTowerFiles(name, "whisper", CONFIG_MAPPING["whisper"](**data), encoder)
+
+
+def encoder_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The encoder's part of a Whisper folder's tensors, under the encoder's own names."""
+    prefix = next((p for p in _WHISPER_PREFIXES if any(k.startswith(p) for k in state)), "")
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _read_file(name: str, file: Path) -> AudioTowerFiles:

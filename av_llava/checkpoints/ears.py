@@ -51,7 +51,7 @@ def attach_audio(
     config = model.config
     if config.audio_config is not None:
         raise UsageError("This model has an audio tower already; load one that has none.")
-    found = _read(tower)
+    found = read_tower(tower)
     settings = _settings(projector, found).replace(tower=found.name)
     tower_class(found.config, settings)  # raises when kind and configuration do not fit
     with torch.random.fork_rng(devices=[]):
@@ -61,7 +61,7 @@ def attach_audio(
             settings, new_tower.hidden_size, config.text_config.hidden_size
         )
     if found.state is not None:
-        _fill(new_tower, found.state, found.name)
+        fill_tower(new_tower, found.state, found.name)
     place = {"device": model.device, "dtype": model.dtype}
     model.model.audio_tower = new_tower.to(**place).eval()
     model.model.mm_audio_projector = new_projector.to(**place)
@@ -71,7 +71,7 @@ def attach_audio(
         config.au_token_ids = (start, end)
 
 
-class _Found(NamedTuple):
+class FoundTower(NamedTuple):
     """A tower's name, kind, configuration, and weights under the names of ``AudioTower``."""
 
     name: str
@@ -83,10 +83,15 @@ class _Found(NamedTuple):
 _KINDS = {"whisper": "whisper", "beats": "beats", "av_llava_dual_audio": "dual"}
 
 
-def _read(tower: TowerSource) -> _Found:
+def read_tower(tower: TowerSource) -> FoundTower:
+    """Read a tower from where it comes from.
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+    """
     if isinstance(tower, PreTrainedConfig):
         kind = _KINDS.get(tower.model_type, tower.model_type)
-        return _Found("random", kind, tower, None)
+        return FoundTower("random", kind, tower, None)
     if isinstance(tower, (tuple, list)):
         first, second = (read_audio_tower(t) for t in tower)
         if (first.kind, second.kind) != ("whisper", "beats"):
@@ -97,14 +102,14 @@ def _read(tower: TowerSource) -> _Found:
         dual = DualAudioConfig(first.config.to_dict(), second.config.to_dict())
         parts = {"whisper.audio_tower.": first.state, "beats.audio_tower.": second.state}
         state = {prefix + k: v for prefix, part in parts.items() for k, v in part.items()}
-        return _Found(f"{first.name} + {second.name}", "dual", dual, state)
+        return FoundTower(f"{first.name} + {second.name}", "dual", dual, state)
     files = read_audio_tower(tower)
     state = {f"audio_tower.{k}": v for k, v in files.state.items()}
-    return _Found(files.name, files.kind, files.config, state)
+    return FoundTower(files.name, files.kind, files.config, state)
 
 
 def _settings(
-    projector: AudioSettings | Mapping[str, Any] | str | None, found: _Found
+    projector: AudioSettings | Mapping[str, Any] | str | None, found: FoundTower
 ) -> AudioSettings:
     """Complete what was given; the kind follows from the tower."""
     if isinstance(projector, AudioSettings):
@@ -115,7 +120,7 @@ def _settings(
     return AudioSettings.from_dict({"kind": found.kind, **(projector or {})})
 
 
-def _fill(tower: torch.nn.Module, state: dict[str, Any], name: str) -> None:
+def fill_tower(tower: torch.nn.Module, state: dict[str, Any], name: str) -> None:
     """Copy a tower's weights, strictly."""
     own = tower.state_dict()
     missing = sorted(own.keys() - state.keys())

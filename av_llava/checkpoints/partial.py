@@ -1,27 +1,37 @@
 """Checkpoints that stand on a base: projector only, LLaVA's LoRA folders, and our own adapters.
 
 Contract: the folder gives the configuration and some weights, the base gives the rest; every
-parameter comes from one of them or from a tower's folder. A LoRA is attached by the exact names of
-its modules, so that it can never land on another network. What LLaVA splits over ``mm_projector``,
-``non_lora_trainables`` and ``adapter_model`` is read in all its spellings.
+parameter comes from one of them or from a tower's folder. Tokens are added and their rows restored
+before a LoRA is attached. What LLaVA splits over ``mm_projector``, ``non_lora_trainables`` and
+``adapter_model`` is read in all its spellings (:mod:`parts`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import copy
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from av_llava.checkpoints.folder import CheckpointFolder, load_pickle, read_json
+from av_llava.checkpoints.base import (
+    EMBEDDING,
+    HEAD,
+    check_probe,
+    named_tensors,
+    vocabulary_rows,
+    with_rows,
+)
+from av_llava.checkpoints.ears import fill_tower, read_tower
+from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import (
     Loaded,
+    _blamed_on,
     check_report,
     fill_vision_tower,
     generation_config,
@@ -30,118 +40,145 @@ from av_llava.checkpoints.load import (
     materialise,
     read_config,
 )
+from av_llava.checkpoints.lora import attach_lora, read_lora, whole_weights
+from av_llava.checkpoints.parts import (
+    RECORD,
+    TOKEN_ROWS,
+    PartialFolder,
+    Reference,
+    base_of,
+    is_partial,
+)
 from av_llava.checkpoints.quantize import check_scheme, plan_weights, quantized_layers
 from av_llava.checkpoints.target import check_device_map, resolve_device
 from av_llava.checkpoints.tokenizers import load_tokenizer
-from av_llava.checkpoints.tokens import ensure_tokens
-from av_llava.errors import CheckpointError
+from av_llava.checkpoints.tokens import (
+    complete_tokenizer,
+    embedding_of,
+    grow,
+    restore_rows,
+    stage_one_rows,
+)
+from av_llava.checkpoints.towers import Tower, find_tower
+from av_llava.config import AVLlavaConfig
+from av_llava.errors import CheckpointError, UsageError
 from av_llava.modeling import AVLlavaForConditionalGeneration
-from av_llava.weight_names import ignored, memory_name
+from av_llava.weight_names import memory_name
 
-ADAPTER_CONFIG = "adapter_config.json"
-# Files with weights that are neither the base's nor a LoRA's, in the order in which they win.
-EXTRA_FILES = (
-    "mm_projector.safetensors",
-    "mm_projector.bin",
-    "non_lora_trainables.safetensors",
-    "non_lora_trainables.bin",
-    "multimodal.safetensors",
-)
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_PEFT_PREFIX = "base_model.model."
-_OWN_PARTS = (
-    "mm_projector.",
-    "image_newline",
-    "faster_token",
-    "vision_tower.",
-    "audio_tower.",
-    "mm_audio_projector.",
-)
-_LORA_KEY = re.compile(r"^(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB])(\.weight)?$")
+logger = logging.getLogger(__name__)
+
+_SHOWN = 6
 
 
 @dataclass(frozen=True)
-class PartialFolder(CheckpointFolder):
-    """A folder with its base: the keys are those of both."""
+class Opened:
+    """A partial folder and its base, checked against each other as far as headers tell."""
 
-    base: CheckpointFolder | None = None
-
-    @cached_property
-    def extra(self) -> dict[str, Tensor]:
-        """Weights of the folder itself, under names on disk."""
-        state: dict[str, Tensor] = {}
-        for name in EXTRA_FILES:
-            if self.holds(name):
-                state |= {disk_key(k): v for k, v in _read(self.path / name).items()}
-        return {k: v for k, v in state.items() if not ignored(k)}
-
-    @cached_property
-    def keys(self) -> frozenset[str]:  # type: ignore[override]
-        """Names on disk of all tensors of the folder and its base."""
-        base = frozenset() if self.base is None else self.base.keys
-        return base | frozenset(self.extra)
+    folder: PartialFolder
+    base_name: str
+    """As it was given or named: a path or a hub id."""
+    config: AVLlavaConfig
+    """Of the model, with the base's rows in the vocabulary."""
+    tower: Tower | None
+    """Vision tower that the configuration names."""
+    tokenizer: PreTrainedTokenizerBase
+    rows: int
+    """Rows of the matrices afterwards."""
+    fresh: tuple[int, ...]
+    """Ids whose rows begin as the mean."""
 
     @property
-    def is_adapter(self) -> bool:
-        """Whether the folder holds a LoRA."""
-        return self.holds(ADAPTER_CONFIG)
+    def base(self) -> CheckpointFolder:
+        """Folder of the base."""
+        assert self.folder.base is not None
+        return self.folder.base
+
+    @property
+    def described(self) -> CheckpointFolder:
+        """The folder whose ``config.json`` holds."""
+        return self.folder if self.folder.holds("config.json") else self.base
+
+    @property
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Whole weights of the folder by their names on disk."""
+        beside = whole_weights(self.folder) if self.folder.is_adapter else {}
+        return {**beside, **self.folder.extra}
+
+    def token_rows(self, width: int) -> dict[str, Tensor]:
+        """Rows of single tokens by ``input.<token>`` and ``output.<token>``."""
+        table = self.folder.stage_one_rows
+        rows = {}
+        if table is not None:
+            rows = stage_one_rows(self.tokenizer, table, self.rows, width, self.folder.path)
+        return {**rows, **self.folder.token_rows}
 
 
-def is_partial(folder: CheckpointFolder) -> bool:
-    """Whether a folder needs a base: it holds parts, but no whole model."""
-    has_part = any(folder.holds(name) for name in (*EXTRA_FILES, ADAPTER_CONFIG))
-    whole = any(
-        folder.holds(name)
-        for name in (
-            "model.safetensors",
-            "model.safetensors.index.json",
-            "pytorch_model.bin",
-            "pytorch_model.bin.index.json",
-        )
-    )
-    return has_part and not whole
-
-
-def disk_key(key: str) -> str:
-    """A key without what PEFT and LLaVA's training scripts put before it.
-
-    ``base_model.model.model.mm_projector.0.weight``, ``model.model.mm_projector.0.weight`` and
-    ``mm_projector.0.weight`` are one.
-    """
-    key = key.removeprefix("base_model.model.").removeprefix("base_model.")
-    key = key.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
-    while key.startswith("model.model."):
-        key = key.removeprefix("model.")
-    return f"model.{key}" if key.startswith(_OWN_PARTS) else key
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    state = load_file(file) if file.suffix == ".safetensors" else load_pickle(file)
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{file} holds more than tensors by name.")
-    return dict(state)
-
-
-def base_of(folder: CheckpointFolder, base: str | Path | None) -> CheckpointFolder:
-    """The base that was given, or the one that the adapter names.
+def open_partial(
+    path: str | Path,
+    base: str | Path | None = None,
+    overwrite_config: Mapping[str, Any] | None = None,
+) -> Opened:
+    """Open a folder with its base; no weights are read but a few of the base.
 
     Raises:
-        CheckpointError: none is known.
+        CheckpointError: no base, another base, or a configuration that does not fit it.
     """
-    if base is None and folder.holds(ADAPTER_CONFIG):
-        base = read_json(folder.path / ADAPTER_CONFIG).get("base_model_name_or_path") or None
-    if base is None and folder.holds("config.json"):
-        base = folder.config.get("av_llava_base")
-    if base is None:
+    parts = PartialFolder(locate(path).path)
+    name, under = base_of(parts, base)
+    under.check_files()
+    folder = PartialFolder(parts.path, base=under)
+    tensors = named_tensors(under)
+    if folder.record is not None:
+        check_probe(folder.record.get("probe", {}), tensors, folder.path, under.path)
+    described = folder if folder.holds("config.json") else PartialFolder(under.path, base=under)
+    config, tower = read_config(described, overwrite_config)
+    tokenizer_at = parts if parts.holds("tokenizer_config.json") else under
+    known = vocabulary_rows(tensors)
+    wanted = int(config.text_config.vocab_size)
+    if folder.record is not None and known is not None and known > wanted:
         raise CheckpointError(
-            f"{folder.path} holds only parts of a model (an adapter or a projector) and names no "
-            f"base. Give the language model or checkpoint that it was trained on as model_base "
-            f"(--base)."
+            f"{folder.path} was trained on another base than {under.path}: its matrix "
+            f"model.embed_tokens.weight has {wanted} rows, that of the base {known}."
         )
-    beside = folder.path / str(base)
-    return locate(beside if beside.is_dir() else base)
+    own = with_rows(config, known)
+    _check_shapes(folder, own, tensors)
+    tokenizer = load_tokenizer(tokenizer_at, with_rows(config, max(wanted, known or 0)))
+    ids = complete_tokenizer(tokenizer, config)
+    rows = max([wanted, known or 0, *(i + 1 for i in ids)])
+    own.au_token_ids = config.au_token_ids
+    fresh = () if folder.record is not None else tuple(_fresh(ids, under, own))
+    return Opened(folder, name, own, tower, tokenizer, rows, fresh)
+
+
+def _check_shapes(folder: PartialFolder, config: AVLlavaConfig, tensors: Mapping[str, Any]) -> None:
+    """Raise if the base's tensors have other shapes than the model of the configuration.
+
+    So a wrong base is known before its weights are read.
+    """
+    with _blamed_on(folder, None), torch.device("meta"):
+        model = AVLlavaForConditionalGeneration(copy.deepcopy(config))
+    held = {memory_name(key) for key in folder.extra}
+    wrong = [
+        f"{tensors[name].name}: the base has {tensors[name].shape}, the model needs "
+        f"{tuple(value.shape)}"
+        for name, value in model.state_dict().items()
+        if name in tensors and name not in held and tensors[name].dtype.is_floating_point
+        if tensors[name].shape != tuple(value.shape)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        assert folder.base is not None
+        raise CheckpointError(
+            f"{folder.path} was trained on another base than {folder.base.path}: "
+            f"{'; '.join(wrong[:_SHOWN])}{more}."
+        )
+
+
+def _fresh(ids: Iterable[int], base: CheckpointFolder, config: AVLlavaConfig) -> list[int]:
+    """Those of the tokens that the base does not know; their rows may be spare ones of its own."""
+    spare = [i for i in ids if i < config.text_config.vocab_size]
+    known = set(load_tokenizer(base, config).get_vocab().values()) if spare else set()
+    return [i for i in ids if i not in known]
 
 
 def load_partial(
@@ -154,7 +191,7 @@ def load_partial(
     attn_implementation: str | None = None,
     overwrite_config: Mapping[str, Any] | None = None,
     quantize: str | None = None,
-    merge: bool = True,
+    merge: bool | None = None,
 ) -> Loaded:
     """Load a folder that stands on a base.
 
@@ -163,45 +200,96 @@ def load_partial(
         base: its base; None takes what the folder names.
         device, dtype, device_map, attn_implementation, overwrite_config, quantize: as for full
             checkpoints.
-        merge: add a LoRA to the weights; False keeps it apart (``model`` is then a PEFT model).
-            Weights that are quantised cannot take it up: it then stays beside them, inside the
-            model.
+        merge: add a LoRA to the weights (faster, and rounded as they are), or keep it apart (bit
+            for bit what was trained). None keeps that of our own adapters apart, and all on
+            quantised weights, and merges LLaVA's, as LLaVA does.
 
     Raises:
         CheckpointError: something is missing, left over, or does not fit the base.
+        UsageError: options that do not go together.
     """
     check_device_map(device_map)
     check_scheme(quantize)
     target = resolve_device(device)
-    parts = locate(path)
-    under = base_of(parts, base)
-    under.check_files()
-    folder = PartialFolder(parts.path, base=under)
-    described = folder if folder.holds("config.json") else under
-    source = PartialFolder(described.path, base=under) if described is not under else under
-    config, tower = read_config(source, overwrite_config)
+    opened = open_partial(path, base, overwrite_config)
+    folder, config = opened.folder, opened.config
     plan = plan_weights(
-        under, quantize, dtype=dtype, own_dtype=config.dtype, device=target, device_map=device_map
+        opened.base,
+        quantize,
+        dtype=dtype,
+        own_dtype=config.dtype,
+        device=target,
+        device_map=device_map,
     )
-    model, report = materialise(under, config, plan, attn_implementation=attn_implementation)
-    missing, extra = set(report["missing_keys"]), dict(folder.extra)
-    if tower is not None and not source.has("model.vision_tower."):
-        missing -= fill_vision_tower(model, tower)
-    filled = apply_weights(model, extra, parts.path)
+    if merge and plan.scheme is not None:
+        raise UsageError(
+            f"A LoRA cannot be merged into weights in {plan.scheme}, which would round it away: "
+            f"leave merge out, or merge it in full precision first (av-llava convert merge-lora)."
+        )
+    model, report = materialise(opened.base, config, plan, attn_implementation=attn_implementation)
+    whole = opened.whole_weights
+    held = {memory_name(key) for key in whole}
+    grow(model, max([opened.rows, *_matrix_rows(whole)]), opened.fresh)
+    filled = _fill_towers(model, opened, held) | apply_weights(model, whole, folder.path)
+    restore_rows(
+        model,
+        opened.tokenizer,
+        opened.token_rows(embedding_of(model).shape[1]),
+        folder.path / TOKEN_ROWS,
+    )
     mismatched = [m for m in report["mismatched_keys"] if m[0] not in filled]
-    check_report(under, missing - filled, {**report, "mismatched_keys": mismatched})
-    tokenizer = load_tokenizer(_tokenizer_folder(parts, under), config)
-    ensure_tokens(model, tokenizer)
-    model.generation_config = generation_config(under, config)
+    missing = set(report["missing_keys"]) - filled
+    check_report(opened.base, missing, {**report, "mismatched_keys": mismatched})
+    own = "generation_config.json"
+    model.generation_config = generation_config(
+        folder if folder.holds(own) else opened.base, config
+    )
     if folder.is_adapter:
-        lora = attach_lora(model, folder, merge=merge and plan.scheme is None)
-        model = lora.get_base_model() if merge and plan.scheme is not None else lora
+        usual = folder.record is None and plan.scheme is None
+        together = usual if merge is None else merge
+        model = attach_lora(model, read_lora(folder), merge=together)
+        if not together:
+            model.peft_config["default"].base_model_name_or_path = opened.base_name
     if plan.device_map is None:
         model.to(target)
-    return Loaded(model.eval(), tokenizer, parts.path, tower)
+    return Loaded(model.eval(), opened.tokenizer, folder.path, opened.tower)
 
 
-def load_any(path: str | Path, base: str | Path | None = None, **options: Any) -> Loaded:
+def _matrix_rows(whole: Mapping[str, Tensor]) -> list[int]:
+    """Rows of the embedding and head that a folder holds completely."""
+    return [value.shape[0] for key, value in whole.items() if memory_name(key) in (EMBEDDING, HEAD)]
+
+
+def _fill_towers(
+    model: AVLlavaForConditionalGeneration, opened: Opened, held: set[str]
+) -> set[str]:
+    """Read towers that lie neither in the base nor in the folder; return what was filled."""
+    filled: set[str] = set()
+    described = PartialFolder(opened.described.path, base=opened.base)
+    if opened.tower is not None and not described.has("model.vision_tower."):
+        filled |= fill_vision_tower(model, opened.tower)
+    record = opened.folder.record
+    if record is None:
+        return filled
+    where, place = opened.folder.path / RECORD, opened.folder.path
+    if "vision_tower" in record:
+        (found,) = (Reference.from_dict(r, where).find(place) for r in record["vision_tower"])
+        filled |= fill_vision_tower(model, find_tower(found, place, weights=True))
+    if "audio_tower" in record:
+        names = [Reference.from_dict(r, where).find(place) for r in record["audio_tower"]]
+        tower = read_tower(names[0] if len(names) == 1 else (names[0], names[1]))
+        fill_tower(model.model.audio_tower, tower.state or {}, tower.name)
+        filled |= {f"model.audio_tower.{name}" for name in tower.state or {}}
+    return filled
+
+
+def load_any(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    merge: bool | None = None,
+    **options: Any,
+) -> Loaded:
     """Load a checkpoint of any kind: whole, or standing on a base.
 
     Raises:
@@ -209,16 +297,12 @@ def load_any(path: str | Path, base: str | Path | None = None, **options: Any) -
     """
     folder = locate(path)
     if is_partial(folder):
-        return load_partial(path, base, **options)
+        return load_partial(path, base, merge=merge, **options)
     if base is not None:
         raise CheckpointError(
             f"{folder.path} holds a whole model, so it stands on no base: leave out {str(base)!r}."
         )
     return load_checkpoint(path, **options)
-
-
-def _tokenizer_folder(parts: CheckpointFolder, base: CheckpointFolder) -> CheckpointFolder:
-    return parts if parts.holds("tokenizer_config.json") else base
 
 
 @torch.no_grad()
@@ -231,19 +315,19 @@ def apply_weights(
         CheckpointError: a name that the model does not have, or another shape.
     """
     own = model.state_dict()
-    quantized = {f"{layer}.weight" for layer in quantized_layers(model)}
+    quantized = {f"{name}.weight" for name in quantized_layers(model)}
     filled = set()
     for key, value in state.items():
         name = memory_name(key)
+        if name in quantized:
+            raise CheckpointError(
+                f"{where} holds {key} in full, which cannot be put into a quantised layer. Load it "
+                f"without quantize, on a base in full precision."
+            )
         if name not in own:
             raise CheckpointError(
                 f"{where} holds {key}, which the model does not have. Is its config.json the one "
                 f"that it was trained with?"
-            )
-        if name in quantized:
-            raise CheckpointError(
-                f"{where} holds {key} as a whole, which a base in 4 or 8 bits cannot take. Load it "
-                f"without quantize."
             )
         if own[name].shape != value.shape:
             raise CheckpointError(
@@ -253,95 +337,3 @@ def apply_weights(
         own[name].copy_(value)
         filled.add(name)
     return filled
-
-
-def attach_lora(
-    model: AVLlavaForConditionalGeneration, folder: CheckpointFolder, *, merge: bool
-) -> Any:
-    """Attach the LoRA of a folder by exact module names, and merge it if asked to.
-
-    Raises:
-        CheckpointError: it is not LoRA, or its modules or shapes are not the model's.
-    """
-    data = read_json(folder.path / ADAPTER_CONFIG)
-    if data.get("peft_type", "LORA") != "LORA":
-        raise CheckpointError(
-            f"{folder.path / ADAPTER_CONFIG} has peft_type {data['peft_type']!r}; only LoRA "
-            f"adapters are read."
-        )
-    file = next((folder.path / n for n in _ADAPTER_FILES if folder.holds(n)), None)
-    if file is None:
-        raise CheckpointError(f"{folder.path} holds none of {', '.join(_ADAPTER_FILES)}.")
-    state = {_lora_key(k): v for k, v in _read(file).items() if not _is_extra(k)}
-    modules = _lora_modules(model, state, file)
-    kept = {k: v for k, v in data.items() if k in _KEPT and v is not None}
-    config = LoraConfig(target_modules=modules, inference_mode=True, **_patterns(kept))
-    wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
-    result = set_peft_model_state_dict(wrapped, {_PEFT_PREFIX + k: v for k, v in state.items()})
-    if result.unexpected_keys:
-        raise CheckpointError(f"{file} holds keys of no use: {sorted(result.unexpected_keys)[:6]}.")
-    return wrapped.merge_and_unload() if merge else wrapped
-
-
-_KEPT = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "fan_in_fan_out",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-)
-
-
-def _patterns(fields: dict[str, Any]) -> dict[str, Any]:
-    """Rank and alpha patterns name modules as on disk; bring them into memory's names."""
-    for name in ("rank_pattern", "alpha_pattern"):
-        if name in fields:
-            fields[name] = {_module_name(k): v for k, v in fields[name].items()}
-    return fields
-
-
-def _is_extra(key: str) -> bool:
-    """Whether an adapter file's key is a whole weight, not a part of a LoRA."""
-    return "lora_" not in key
-
-
-def _module_name(name: str) -> str:
-    """A module's name in memory."""
-    return memory_name(disk_key(name) + ".weight").removesuffix(".weight")
-
-
-def _lora_key(key: str) -> str:
-    """A LoRA's key with the name in memory of its module."""
-    match = _LORA_KEY.match(key.replace(".default", ""))
-    if match is None:
-        return disk_key(key)
-    return f"{_module_name(match['module'])}.{match['part']}{match[3] or ''}"
-
-
-def _lora_modules(model: Any, state: Mapping[str, Tensor], file: Path) -> list[str]:
-    """Full names of the modules that a LoRA changes, checked against the model."""
-    own = dict(model.named_modules())
-    names = []
-    for key, value in state.items():
-        match = _LORA_KEY.match(key)
-        if match is None:
-            raise CheckpointError(f"{file} holds the key {key!r}, which is no part of a LoRA.")
-        module = own.get(match["module"])
-        if module is None or not hasattr(module, "weight"):
-            raise CheckpointError(
-                f"{file} changes {match['module']!r}, which the model does not have. It was made "
-                f"for another base."
-            )
-        # Packed weights have another shape than their layer.
-        width = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[1]
-        if match["part"] == "lora_A" and value.shape[1] != width:
-            raise CheckpointError(
-                f"{file}: {key} has shape {tuple(value.shape)}, but its layer in this base takes "
-                f"{width} channels. It was made for another base."
-            )
-        names.append(match["module"])
-    return sorted(set(names))
