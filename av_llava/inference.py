@@ -20,7 +20,9 @@ from transformers import LogitsProcessorList
 from av_llava.answers import Answer, MediumUse, Usage
 from av_llava.budgeting import check_context
 from av_llava.chat import Message, normalize_messages
+from av_llava.checkpoints.adapters import save_adapter
 from av_llava.checkpoints.ears import TowerSource, attach_audio
+from av_llava.checkpoints.lora import has_lora
 from av_llava.checkpoints.partial import load_any
 from av_llava.checkpoints.target import resolve_device, resolve_dtype
 from av_llava.demo_model import build_tiny
@@ -146,9 +148,24 @@ class AVLlava:
         return Session(self, media, Options.of(options))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model, configuration and tokenizer to one self-contained folder."""
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        """Write model, configuration and tokenizer to one self-contained folder.
+
+        A model that carries a LoRA apart becomes an adapter folder on the same base.
+        """
+        if has_lora(self.model):
+            self.save_adapter(folder)
+        else:
+            self.model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+
+    def save_adapter(self, folder: str | Path, base: str | Path | None = None) -> None:
+        """Write only what the base has not, as a new folder that loads alone.
+
+        Args:
+            folder: to make.
+            base: the checkpoint or language model below; None takes what this one was loaded from.
+        """
+        save_adapter(self.model, self.processor, folder, base=base)
 
     # ---------------------------------------------------------------- inside
 
@@ -291,6 +308,7 @@ def load(
     device_map: Any = None,
     overwrite_config: Mapping[str, Any] | None = None,
     quantize: str | None = None,
+    merge: bool | None = None,
 ) -> AVLlava:
     """Load a checkpoint of the LLaVA family.
 
@@ -306,6 +324,9 @@ def load(
         overwrite_config: values of the folder's ``config.json`` to change.
         quantize: "4bit" or "8bit" (bitsandbytes) or "int8" (torchao) for the language model's
             linear layers; None keeps the folder's precision.
+        merge: add an adapter's LoRA to the weights, which is faster and rounds them; False keeps
+            it apart. None merges LLaVA's LoRA folders and keeps our own adapters apart, so that
+            they answer exactly as when they were saved.
     """
     if path is None:
         given = {
@@ -313,6 +334,7 @@ def load(
             "device_map": device_map,
             "overwrite_config": overwrite_config,
             "quantize": quantize,
+            "merge": merge,
         }
         for name, value in given.items():
             if value is not None:
@@ -335,6 +357,7 @@ def load(
         device_map=device_map,
         overwrite_config=overwrite_config,
         quantize=quantize,
+        merge=merge,
     )
     processor = AVLlavaProcessor(loaded.tokenizer, loaded.model.config)
     return AVLlava(loaded.model, processor, str(path))

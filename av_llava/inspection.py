@@ -13,6 +13,7 @@ from av_llava.budgeting import check_context, context_length
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import locate, memory_keys, read_config
 from av_llava.checkpoints.tokenizers import load_tokenizer
+from av_llava.checkpoints.tokens import complete_tokenizer
 from av_llava.config import AVLlavaConfig
 from av_llava.demo_model import tiny_config, tiny_tokenizer
 from av_llava.errors import AVLlavaError
@@ -63,7 +64,9 @@ def light_processor(path: str | Path | None) -> AVLlavaProcessor:
         return AVLlavaProcessor(tokenizer, tiny_config(tokenizer))
     folder = locate(path)
     config, _ = read_config(folder)
-    return AVLlavaProcessor(load_tokenizer(folder, config), config)
+    tokenizer = load_tokenizer(folder, config)
+    complete_tokenizer(tokenizer, config)
+    return AVLlavaProcessor(tokenizer, config)
 
 
 def plan(path: str | Path | None, media: Any, prompt: str, **options: Any) -> RequestPlan:

@@ -42,6 +42,7 @@ from av_llava.checkpoints.target import (
     stored_dtype,
 )
 from av_llava.checkpoints.tokenizers import load_tokenizer
+from av_llava.checkpoints.tokens import complete_tokenizer, grow_for
 from av_llava.checkpoints.towers import Tower, fetch, find_tower, read_tensors
 from av_llava.config import AVLlavaConfig, is_llava_config, tower_name
 from av_llava.errors import AVLlavaError, CheckpointError, UsageError
@@ -143,11 +144,12 @@ def load_checkpoint(
             f"of them to another folder, and load the one that you mean."
         )
     config, tower = read_config(folder, overwrite_config)
-    with _blamed_on(folder, overwrite_config):
+    with blamed_on(folder, overwrite_config):
         stored = stored_dtype(config.dtype)
         with torch.device("meta"):  # costs no memory, and shows whether such a model can be made
             AVLlavaForConditionalGeneration(copy.deepcopy(config))
     tokenizer = load_tokenizer(folder, config)
+    tokens = complete_tokenizer(tokenizer, config)
     generation = generation_config(folder, config)
     plan = plan_weights(
         folder, quantize, dtype=dtype, own_dtype=stored, device=target, device_map=device_map
@@ -157,6 +159,7 @@ def load_checkpoint(
     if tower is not None and not _has_vision_tower(folder):
         missing -= fill_vision_tower(model, tower)
     check_report(folder, missing, report)
+    grow_for(model, tokens)
     model.generation_config = generation
     if plan.device_map is None:
         model.to(target)
@@ -219,7 +222,7 @@ def generation_config(folder: CheckpointFolder, config: AVLlavaConfig) -> Genera
     generation = GenerationConfig()
     if folder.holds(name):
         data = read_json(folder.path / name)
-        with _blamed_on(folder, None, name):
+        with blamed_on(folder, None, name):
             generation = GenerationConfig.from_dict(data)
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation, token) is None:
@@ -232,7 +235,7 @@ def generation_config(folder: CheckpointFolder, config: AVLlavaConfig) -> Genera
 
 
 @contextmanager
-def _blamed_on(
+def blamed_on(
     folder: CheckpointFolder, overwrite: Mapping[str, Any] | None, name: str = "config.json"
 ) -> Iterator[None]:
     """Turn what a wrong value in a file ends in into an error that names the file."""
@@ -265,7 +268,7 @@ def read_config(
     data = overwritten(folder.config, overwrite)
     if data.get("model_type") == AVLlavaConfig.model_type:
         data.pop("model_type")
-        with _blamed_on(folder, overwrite):
+        with blamed_on(folder, overwrite):
             return AVLlavaConfig(**data), None
     if hf_format.is_hf_llava_config(data):
         config = hf_format.read_hf_config(folder, data)
@@ -284,20 +287,20 @@ def _read_llava(
     folder: CheckpointFolder, data: dict[str, Any], overwrite: Mapping[str, Any] | None
 ) -> tuple[AVLlavaConfig, Tower | None]:
     """The configuration of a folder in LLaVA's own layout, and its tower."""
-    with _blamed_on(folder, overwrite):
+    with blamed_on(folder, overwrite):
         name = tower_name(data)
     tower = None
     if name is not None:
         tower = find_tower(name, folder.path, weights=not _has_vision_tower(folder))
     if "tie_word_embeddings" not in data:  # transformers 4 leaves it out where it is the default
         data["tie_word_embeddings"] = not folder.has("lm_head.")
-    with _blamed_on(folder, overwrite):
+    with blamed_on(folder, overwrite):
         config = AVLlavaConfig.from_llava(
             data, tower.config if tower else None, n_tower_layers=_tower_layers(folder)
         )
     config = _with_preprocessor(_with_marks(config, folder), tower)
     if tower is not None and config.sampling.frames is not None:
-        with _blamed_on(folder, overwrite):
+        with blamed_on(folder, overwrite):
             most = frames_that_fit(config, config.sampling.frames)
         config.sampling = config.sampling.replace(frames=most)
     return config, tower

@@ -31,7 +31,7 @@ from av_llava.checkpoints.ears import fill_tower, read_tower
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import (
     Loaded,
-    _blamed_on,
+    blamed_on,
     check_report,
     fill_vision_tower,
     generation_config,
@@ -155,7 +155,7 @@ def _check_shapes(folder: PartialFolder, config: AVLlavaConfig, tensors: Mapping
 
     So a wrong base is known before its weights are read.
     """
-    with _blamed_on(folder, None), torch.device("meta"):
+    with blamed_on(folder, None), torch.device("meta"):
         model = AVLlavaForConditionalGeneration(copy.deepcopy(config))
     held = {memory_name(key) for key in folder.extra}
     wrong = [
