@@ -9,18 +9,24 @@ from __future__ import annotations
 import gc
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
-from av_llava.checkpoints.load import load_checkpoint
+from av_llava.checkpoints.folder import CheckpointFolder
+from av_llava.checkpoints.load import load_checkpoint, read_config
+from av_llava.checkpoints.shards import TensorReader
+from av_llava.checkpoints.source import Source
 from av_llava.checkpoints.staging import size
+from av_llava.config import AVLlavaConfig
 from av_llava.errors import BudgetError, CheckpointError
 from av_llava.modeling import AVLlavaForConditionalGeneration
 from av_llava.planning import MediaPlanner
+from av_llava.weight_names import memory_name
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +69,19 @@ def load_float32(
     return model.float()
 
 
-def fixed_input(model: AVLlavaForConditionalGeneration, videos: bool = True) -> dict[str, Any]:
+def fixed_input(
+    model: AVLlavaForConditionalGeneration, videos: bool = True, avoid: Iterable[int] = ()
+) -> dict[str, Any]:
     """Expanded ids and media for one prompt, in transformers' calling convention.
 
     Args:
         model: decides which media there are, and how many rows they take.
         videos: whether a video may be among them.
+        avoid: ids that must not be in the text, beside the model's own media ids.
     """
     config, planner = model.config, model.model.planner
     generator = torch.Generator().manual_seed(_SEED)
-    text = torch.randint(config.text_config.vocab_size, (20,), generator=generator).tolist()
+    text = _text(config, 20, {*avoid, *config.media_token_ids.values()}, generator)
     ids, media = text[:6], {}
     if config.vision_config is not None:
         side = max((config.vision_config.image_size, *config.vision.s2_scales))
@@ -89,6 +98,12 @@ def fixed_input(model: AVLlavaForConditionalGeneration, videos: bool = True) -> 
         media["audio_lengths"] = torch.tensor([_SOUND_SAMPLES])
         ids += [config.audio_token_id] * planner.audio(_SOUND_SAMPLES).n_tokens
     return {"input_ids": torch.tensor([ids + text[15:]]), **media}
+
+
+def _text(config: AVLlavaConfig, n: int, avoid: set[int], generator: torch.Generator) -> list[int]:
+    """Random ids of the vocabulary."""
+    known = [i for i in range(config.text_config.vocab_size) if i not in avoid]
+    return [known[i] for i in torch.randint(len(known), (n,), generator=generator).tolist()]
 
 
 def _picture(planner: MediaPlanner, side: int) -> tuple[tuple[int, int], int, int]:
@@ -131,46 +146,39 @@ def largest_difference(first: Tensor, second: Tensor) -> float:
 def compare_ours(source: str | Path, made: Path, rounded_to: torch.dtype | None = None) -> float:
     """Largest difference of logits between two folders that this package loads."""
     model = load_float32(source, rounded_to)
-    inputs = fixed_input(model)
+    theirs, _ = read_config(CheckpointFolder(made))
+    names = ("image_token_id", "video_token_id", "audio_token_id")
+    renamed = {getattr(model.config, name): getattr(theirs, name) for name in names}
+    inputs = fixed_input(model, avoid=renamed.values())
     expected = logits_of(model, inputs)
-    own = {name: getattr(model.config, name) for name in _MEDIA_IDS}
     del model
     gc.collect()
-    made_model = load_float32(made)
-    inputs["input_ids"] = _renamed(inputs["input_ids"], own, made_model.config)
-    return largest_difference(expected, logits_of(made_model, inputs))
-
-
-_MEDIA_IDS = ("image_token_id", "video_token_id", "audio_token_id")
-
-
-def _renamed(ids: Tensor, own: Mapping[str, int], config: Any) -> Tensor:
-    """Ids with another model's media ids in the place of one's own."""
-    out = ids.clone()
-    for name, value in own.items():
-        out[ids == value] = getattr(config, name)
-    return out
+    ids = inputs["input_ids"].clone()
+    for old, new in renamed.items():
+        ids[inputs["input_ids"] == old] = new
+    inputs["input_ids"] = ids
+    return largest_difference(expected, logits_of(load_float32(made), inputs))
 
 
 def compare_hf(source: str | Path, made: Path, rounded_to: torch.dtype | None = None) -> float:
     """Largest difference of logits between a folder and its form for transformers' class."""
+    kind = AutoConfig.from_pretrained(made)
+    renamed = {"image_token_id": kind.image_token_index}
+    if kind.model_type in ("llava_next_video", "llava_onevision"):
+        renamed["video_token_id"] = kind.video_token_index
     model = load_float32(source, rounded_to)
-    theirs = load_hf(made)
-    kind = theirs.config.model_type
-    inputs = fixed_input(model, videos=kind in ("llava_next_video", "llava_onevision"))
+    inputs = fixed_input(model, "video_token_id" in renamed, renamed.values())
     expected = logits_of(model, inputs)
-    own = {name: getattr(model.config, name) for name in _MEDIA_IDS[:2]}
+    ids = inputs["input_ids"].clone()
+    for name, value in renamed.items():
+        ids[inputs["input_ids"] == getattr(model.config, name)] = value
     del model
     gc.collect()
-    ids = inputs["input_ids"]
-    inputs["input_ids"] = ids.where(ids != own["image_token_id"], theirs.config.image_token_index)
-    if "pixel_values_videos" in inputs:
-        video = theirs.config.video_token_index
-        inputs["input_ids"] = inputs["input_ids"].where(ids != own["video_token_id"], video)
-    if kind == "llava":
+    inputs["input_ids"] = ids
+    if kind.model_type == "llava":
         inputs["pixel_values"] = inputs["pixel_values"].flatten(0, 1)
         del inputs["image_sizes"]
-    return largest_difference(expected, logits_of(theirs, inputs))
+    return largest_difference(expected, logits_of(load_hf(made), inputs))
 
 
 def load_hf(folder: Path) -> Any:
@@ -200,14 +208,33 @@ def _strictly(kind: Any, folder: Path) -> Any:
     return model.eval()
 
 
-def compare_text(source: str | Path, made: Path, rounded_to: torch.dtype | None = None) -> float:
-    """Largest difference of logits on text between a folder and its language model alone."""
-    ids, expected = _text_logits(source, rounded_to)
+def compare_text(opened: Source, made: Path, rounded_to: torch.dtype | None = None) -> float:
+    """Largest difference of logits on text between a folder and its language model alone.
+
+    The folder's side is our model without eyes and ears, so that no tower needs to be at hand.
+    """
+    model = _without_senses(opened, rounded_to)
+    generator = torch.Generator().manual_seed(_SEED)
+    ids = torch.tensor([_text(model.config, 24, set(), generator)])
+    expected = logits_of(model, {"input_ids": ids})
+    del model
+    gc.collect()
     return largest_difference(expected, logits_of(load_causal_lm(made), {"input_ids": ids}))
 
 
-def _text_logits(source: str | Path, rounded_to: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    model = load_float32(source, rounded_to)
-    generator = torch.Generator().manual_seed(_SEED)
-    ids = torch.randint(model.config.text_config.vocab_size, (1, 24), generator=generator)
-    return ids, logits_of(model, {"input_ids": ids})
+def _without_senses(
+    opened: Source, rounded_to: torch.dtype | None
+) -> AVLlavaForConditionalGeneration:
+    """Our model with the language model of a folder only, in float32."""
+    config = opened.light_config()
+    config.vision_config = config.audio_config = config.au_token_ids = None
+    config.extra_modalities = ()
+    model = AVLlavaForConditionalGeneration(config).float().eval()
+    own = model.state_dict()
+    stored = {memory_name(name): tensor for name, tensor in opened.tensors.items()}
+    with TensorReader() as reader, torch.no_grad():
+        for name, value in own.items():
+            if name in stored:
+                read = reader.read(stored[name])
+                value.copy_(read if rounded_to is None else read.to(rounded_to))
+    return model

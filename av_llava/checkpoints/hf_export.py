@@ -223,7 +223,7 @@ def _write_small(folder: Path, kind: str, config: AVLlavaConfig, places: Placeho
         Sentences on what differs.
     """
     processor = AVLlavaProcessor(places.tokenizer, config)
-    own_template = places.tokenizer.chat_template
+    before = hf_record.of_tokenizer(places.tokenizer)
     places.tokenizer.padding_side = "left"  # transformers' generation needs it
     places.tokenizer.init_kwargs["padding_side"] = "left"  # of which only this is saved
     places.tokenizer.save_pretrained(folder)
@@ -231,7 +231,7 @@ def _write_small(folder: Path, kind: str, config: AVLlavaConfig, places: Placeho
     made = hf_config(kind, config, places)
     made.save_pretrained(folder)
     found, more = _read_back(folder, kind, config)
-    made.update({hf_record.KEY: hf_record.record(found, places.added, own_template)})
+    made.update({hf_record.KEY: hf_record.record(found, places.added, before)})
     made.save_pretrained(folder)
     if kind in IMAGE_ONLY:
         notes.insert(0, f"{CLASSES[kind]} takes still images: videos are left to av_llava.")

@@ -97,24 +97,35 @@ def choose_class(config: AVLlavaConfig, asked: str = "auto") -> str:
         UsageError: an unknown model type.
         CheckpointError: images or videos are laid out as in none of the classes.
     """
+    if asked != "auto" and asked not in CLASSES:
+        raise unknown_name("model class", asked, ["auto", *CLASSES])
+    possible = _classes_for(config)
     if asked != "auto":
-        if asked not in CLASSES:
-            raise unknown_name("model class", asked, ["auto", *CLASSES])
+        if asked not in possible:
+            raise refused(
+                f"this model as {asked}",
+                f"Its images (image_aspect_ratio {config.image.aspect_ratio!r}) are those of "
+                f"{' or '.join(possible)}.",
+            )
         return asked
-    image = config.image
-    if image.patch_merge_type == "flat" and image.aspect_ratio in ("square", "pad"):
-        _check_videos(config.aggregator, "llava")
-        return "llava"
-    if image.patch_merge_type == "spatial_unpad" and image.aspect_ratio == "anyres":
-        if pooled_before_projector(config.aggregator) is not None:
-            return "llava_next_video"
-        _check_videos(config.aggregator, "llava_next")
-        return "llava_next"
-    if image.patch_merge_type == "spatial_unpad" and anyres_max_tiles(image.aspect_ratio):
-        return "llava_onevision"
+    if "llava_next" in possible and pooled_before_projector(config.aggregator) is not None:
+        return "llava_next_video"
+    if possible[0] in IMAGE_ONLY:
+        _check_videos(config.aggregator, possible[0])
+    return possible[0]
+
+
+def _classes_for(config: AVLlavaConfig) -> tuple[str, ...]:
+    """The model types whose images are laid out as this model's are."""
+    aspect, merge = config.image.aspect_ratio, config.image.patch_merge_type
+    if merge == "flat" and aspect in ("square", "pad"):
+        return ("llava",)
+    if merge == "spatial_unpad" and aspect == "anyres":
+        return ("llava_next", "llava_next_video")
+    if merge == "spatial_unpad" and anyres_max_tiles(aspect) is not None:
+        return ("llava_onevision",)
     raise refused(
-        f"images with image_aspect_ratio {image.aspect_ratio!r} and mm_patch_merge_type "
-        f"{image.patch_merge_type!r}",
+        f"images with image_aspect_ratio {aspect!r} and mm_patch_merge_type {merge!r}",
         "They have pad or square with flat, and anyres or anyres_max_N with spatial_unpad.",
     )
 

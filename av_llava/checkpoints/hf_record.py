@@ -46,17 +46,25 @@ def differences(original: AVLlavaConfig, made: AVLlavaConfig) -> dict[str, list[
     return {k: [v, second[k]] for k, v in first.items() if v != second[k]}
 
 
+def of_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """What an export changes about a tokenizer beside its tokens."""
+    return {
+        "chat_template": tokenizer.chat_template,
+        "padding_side": tokenizer.init_kwargs.get("padding_side"),
+    }
+
+
 def record(
-    found: Mapping[str, list[Any]], tokens: list[str], chat_template: str | None
+    found: Mapping[str, list[Any]], tokens: list[str], tokenizer: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What to put into the config.json of a folder.
 
     Args:
         found: the differences.
         tokens: that were added to the tokenizer.
-        chat_template: of the tokenizer before, if it had one.
+        tokenizer: as :func:`of_tokenizer` gave it before.
     """
-    return {"settings": dict(found), "added_tokens": tokens, "chat_template": chat_template}
+    return {"settings": dict(found), "added_tokens": tokens, "tokenizer": dict(tokenizer)}
 
 
 @dataclass(frozen=True)
@@ -68,10 +76,8 @@ class Restored:
     """Rows of embedding and head to keep; None keeps all."""
     tokens: tuple[str, ...] = ()
     """Tokens to take out of the tokenizer."""
-    chat_template: str | None = None
-    """Of the tokenizer, as it was."""
-    found: bool = False
-    """Whether the folder remembers anything."""
+    tokenizer: Mapping[str, Any] | None = None
+    """What else the tokenizer was like; None when the folder remembers nothing."""
     notes: tuple[str, ...] = ()
 
 
@@ -91,7 +97,7 @@ def restore(config: AVLlavaConfig, data: Mapping[str, Any]) -> Restored:
     try:
         settings = {k: (v[0], v[1]) for k, v in kept["settings"].items()}
         tokens = tuple(str(t) for t in kept["added_tokens"])
-        template = kept["chat_template"]
+        tokenizer = {k: kept["tokenizer"][k] for k in ("chat_template", "padding_side")}
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"config.json: the entry {KEY!r} is broken: {error!r}.") from error
     now = flattened(config)
@@ -105,8 +111,7 @@ def restore(config: AVLlavaConfig, data: Mapping[str, Any]) -> Restored:
         _with(config, back),
         rows=back.get(VOCABULARY),
         tokens=tokens if "image_token_id" in back else (),
-        chat_template=template,
-        found=True,
+        tokenizer=tokenizer,
         notes=tuple(notes),
     )
 
@@ -128,6 +133,17 @@ def _with(config: AVLlavaConfig, values: Mapping[str, Any]) -> AVLlavaConfig:
     for part, fields in parts.items():
         setattr(out, part, PARTS[part].from_dict(fields))
     return out
+
+
+def restore_tokenizer(tokenizer: Any, before: Mapping[str, Any] | None) -> None:
+    """Give a loaded tokenizer back what :func:`of_tokenizer` found, in place."""
+    if before is None:
+        return
+    tokenizer.chat_template = before["chat_template"]
+    tokenizer.init_kwargs.pop("chat_template", None)
+    tokenizer.init_kwargs.pop("padding_side", None)
+    if before["padding_side"] is not None:
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = before["padding_side"]
 
 
 def remove_tokens(folder: Path, tokens: tuple[str, ...]) -> None:

@@ -39,8 +39,7 @@ def to_llava(source: str | Path, destination: str | Path | None, options: Conver
         check_memory(sum(t.stored.n_bytes for t in transfers))
     with small_files() as prepared:
         tokenizer = opened.tokenizer(whole.config)
-        if restored.found:
-            tokenizer.chat_template = restored.chat_template
+        hf_record.restore_tokenizer(tokenizer, restored.tokenizer)
         config = restored.config
         config.architectures = [AVLlavaForConditionalGeneration.__name__]
         config.dtype = dtype if dtype is not None else config.dtype

@@ -68,7 +68,7 @@ def to_text_only(
             [Weights(transfers)],
             options,
             prepared=prepared,
-            compare=lambda made: compare_text(source, made, dtype),
+            compare=lambda made: compare_text(opened, made, dtype),
         )
 
 
