@@ -9,7 +9,6 @@ reported. No track is not an error unless `strict`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fractions import Fraction
 
 import av
 import numpy as np
@@ -146,7 +145,8 @@ def read_local_audio(
                 )
             until_s = (at_s or 0.0) - begin_s + len(samples) / rate
             memory = 4 * min(until_s, longest_s) * rate
-            limits.check("max_batch_bytes", memory, repr(file.name), "its sound in bytes")
+            if memory > limits.max_batch_bytes:
+                limits.check("max_batch_bytes", memory, repr(file.name), "its sound in bytes")
             track.add(at_s, samples, peak, rate)
             if track.full:
                 break
@@ -307,9 +307,8 @@ class _Decoder:
     def _time_s(self, frame: av.AudioFrame) -> float | None:
         if frame.pts is None:
             return None
-        base = frame.time_base
-        tick = Fraction(base.numerator, base.denominator) if base else self.time_base
-        return float(frame.pts * tick - self.origin * self.time_base)
+        tick = self.time_base  # decoded frames keep their packet's clock
+        return (frame.pts - self.origin) * tick.numerator / tick.denominator
 
     def _readable(self, frame: av.AudioFrame, rate: int) -> list[av.AudioFrame]:
         """Bring a frame to the track's first rate (broadcasts change it), and into one plane.

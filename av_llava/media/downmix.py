@@ -40,6 +40,7 @@ _UNNAMED = {
     6: ("FL", "FR", "FC", "LFE", "BL", "BR"),
     8: ("FL", "FR", "FC", "LFE", "BL", "BR", "SL", "SR"),
 }
+_STEREO = np.full(2, 0.5, np.float32)
 _KNOWN_NAMES = frozenset(
     [*CHANNEL_WEIGHTS, "WL", "WR", "TC", "TFL", "TFC", "TFR", "TBL", "TBC", "TBR", "TSL", "TSR"]
 )
@@ -55,8 +56,14 @@ def to_mono(frame: av.AudioFrame) -> tuple[np.ndarray, float]:
     peak = float(np.abs(channels).max()) if channels.size else 0.0
     if len(channels) == 1:
         return channels[0], peak
-    names = tuple(channel.name for channel in frame.layout.channels)
-    return mix_weights(names, len(channels)) @ channels, peak
+    return _weights_of(frame.layout) @ channels, peak
+
+
+def _weights_of(layout: av.AudioLayout) -> np.ndarray:
+    count = layout.nb_channels
+    if count == 2:
+        return _STEREO
+    return mix_weights(tuple(channel.name for channel in layout.channels), count)
 
 
 def float_channels(frame: av.AudioFrame) -> np.ndarray:

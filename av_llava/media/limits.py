@@ -45,7 +45,7 @@ class Limits(Settings):
 
     def check(self, field: str, value: float, name: str, what: str) -> None:
         """Raise MediaError if ``value`` (described as ``what``) breaks the limit ``field``."""
-        limit = self.to_dict()[field]
+        limit = vars(self)[field]
         if value > limit:
             raise MediaError(
                 f"{name}: {what} is {value:,.6g}, more than the limit {field} = {limit:,}. "
