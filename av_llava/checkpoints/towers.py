@@ -111,14 +111,6 @@ def find_tower(name: str, checkpoint: Path, *, weights: bool) -> Tower:
     return _read(name, fetched, weights)
 
 
-def hub_folder(name: str) -> Path | None:
-    """As :func:`fetch`, with None for any reason."""
-    try:
-        return fetch(name)
-    except CheckpointError:
-        return None
-
-
 def fetch(name: str) -> Path:
     """A snapshot from the hub's cache or the hub.
 

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import read_config
-from av_llava.checkpoints.towers import candidates, fetch, find_tower, hub_folder
+from av_llava.checkpoints.towers import candidates, fetch, find_tower
 from av_llava.errors import CheckpointError
 from av_llava.vision import PUBLISHED_TOWERS
 
@@ -405,4 +405,3 @@ def test_what_the_network_may_do_is_told(monkeypatch, error):
     with pytest.raises(CheckpointError, match="the hub cannot be reached") as caught:
         fetch("org/clip")
     assert type(error).__name__ in str(caught.value)
-    assert hub_folder("org/clip") is None
