@@ -99,8 +99,9 @@ def check_window(start_s: float | None, end_s: float | None) -> None:
     for name, value in (("start", start_s), ("end", end_s)):
         if value is not None and not (np.isfinite(value) and value >= 0):
             raise UsageError(f"The window's {name} must be 0 or more seconds, not {value!r}.")
-    if start_s is not None and end_s is not None and start_s >= end_s:
-        raise UsageError(f"The window's start ({start_s} s) must be below its end ({end_s} s).")
+    begin_s = start_s or 0.0
+    if end_s is not None and begin_s >= end_s:
+        raise UsageError(f"The window's start ({begin_s} s) must be below its end ({end_s} s).")
 
 
 def shown_at(pts_s: npt.ArrayLike, times_s: npt.ArrayLike) -> np.ndarray:

@@ -194,6 +194,7 @@ def test_window_borders() -> None:
     [
         (2.0, 2.0, UsageError, "must be below its end"),
         (3.0, 2.0, UsageError, "must be below its end"),
+        (None, 0.0, UsageError, "must be below its end"),
         (-1.0, None, UsageError, "0 or more"),
         (float("nan"), None, UsageError, "0 or more"),
         (90.0, None, UsageError, "after the last frame at 4.90 s"),
@@ -201,7 +202,7 @@ def test_window_borders() -> None:
     ],
 )
 def test_impossible_windows(
-    start: float, end: float | None, error: type[Exception], words: str
+    start: float | None, end: float | None, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
         choose_frames(1 + np.arange(40) / 10, SamplingSettings(), start, end)

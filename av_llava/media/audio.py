@@ -37,6 +37,7 @@ from av_llava.media.types import AudioClip, AudioStatus
 from av_llava.media.watch import watched_call
 from av_llava.media.worker import run_in_worker
 from av_llava.sampling import check_window
+from av_llava.settings import check_range
 
 NO_TRACK_RATE_HZ = 16_000
 # Decoders with memory (AAC, MP3, Opus) are right again after this much sound.
@@ -81,6 +82,7 @@ def read_audio(
         UsageError: the window is empty.
     """
     check_window(start_s, end_s)
+    check_range("max_seconds", max_seconds, 1e-3)
     with local_file(source, limits) as file:
         if file.path.is_dir() or looks_like_image(file.path):
             clip = _no_sound(file, 0, NO_TRACK_RATE_HZ, start_s or 0.0, "pictures have no sound")

@@ -181,6 +181,9 @@ def test_max_seconds_is_said(clip: Any) -> None:
     assert sound.duration_s == 1.5
     assert sound.warnings == ("only the first 1.5 s of the sound are used",)
     assert read_audio(clip(), max_seconds=30).warnings == ()
+    for nonsense in ({"max_seconds": 0}, {"end_s": 0}):
+        with pytest.raises(UsageError):
+            read_audio(clip(), **nonsense)
 
 
 def test_shorter_and_longer_than_the_picture(clip: Any) -> None:
