@@ -38,6 +38,7 @@ PAGES = (
     "docs/aggregators.md",
     "docs/media.md",
     "docs/checkpoints.md",
+    "docs/quantization.md",
 )
 BLOCK = re.compile(r"(<!-- table (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
