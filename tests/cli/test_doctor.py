@@ -65,7 +65,7 @@ def test_every_package_broken_is_survived(tmp_path: Path) -> None:
 
 def test_known_bad_pairs_and_ranges_are_named() -> None:
     def said(**versions: str) -> str:
-        wanted = {"torch": ">=2.11,<2.15", "torchaudio": ">=2.11,<2.12", "av": ">=15"}
+        wanted = {"torch": ">=2.11,<2.15", "torchaudio": ">=2.11,<2.12", "av": ">=17.1"}
         found = [Package(n, wanted[n], v) for n, v in versions.items()]
         return "\n".join(problems(found))
 
@@ -73,7 +73,7 @@ def test_known_bad_pairs_and_ranges_are_named() -> None:
     newer = said(torch="2.15.0", torchaudio="2.11.0")
     assert "torch 2.15.0 is outside" in newer and "do not work together" in newer
     assert "do not work together" in said(torch="2.10.0", torchaudio="2.11.0")
-    assert 'pip install "av>=15"' in said(av="14.4.0")
+    assert 'pip install "av>=17.1"' in said(av="14.4.0")
 
 
 def test_different_cuda_builds_are_named() -> None:
