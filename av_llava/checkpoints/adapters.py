@@ -41,15 +41,17 @@ from av_llava.checkpoints.base import (
 )
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import locate
-from av_llava.checkpoints.lora import ADAPTER_FILES, OTHER_KINDS, PEFT_PREFIX, is_lora_key
+from av_llava.checkpoints.lora import OTHER_KINDS, PEFT_PREFIX
 from av_llava.checkpoints.parts import (
     ADAPTER_CONFIG,
+    ADAPTER_FILES,
     MULTIMODAL,
     RECORD,
     RECORD_FORMAT,
     TOKEN_ROWS,
     PartialFolder,
     Reference,
+    is_lora_key,
     is_partial,
 )
 from av_llava.checkpoints.quantize import quantized_layers

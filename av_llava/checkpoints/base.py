@@ -102,9 +102,7 @@ class BaseTensors:
         found = next((p for p in places if (p / "config.json").is_file()), _cached(name))
         if found is None:
             return
-        held: dict[str, Any] = {t.name: t for t in stored_tensors(CheckpointFolder(found))}
-        kept, _ = tower_weights(held, model.model.vision_tower)
-        self._add(VISION, kept, [str(found)], model)
+        self._add(VISION, [str(found)], model)
 
     def _add_audio_tower(self, model: AVLlavaForConditionalGeneration) -> None:
         """Ears that :func:`add_audio` attached, if their files are still where they were."""
@@ -116,30 +114,42 @@ class BaseTensors:
         places = [str(place) for place in found if place is not None]
         if len(places) < len(found):
             return
-        kinds = ("",) if len(places) == 1 else ("whisper.", "beats.")
-        tensors = {
-            f"{kind}audio_tower.{name}": value
-            for kind, place in zip(kinds, places, strict=True)
-            for name, value in _encoder(Path(place)).items()
-        }
-        self._add(AUDIO, tensors, places, model)
+        self._add(AUDIO, places, model)
 
     def _has(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self.stored)
 
-    def _add(
-        self,
-        prefix: str,
-        tensors: Mapping[str, Any],
-        places: list[str],
-        model: AVLlavaForConditionalGeneration,
-    ) -> None:
+    def _add(self, prefix: str, places: list[str], model: AVLlavaForConditionalGeneration) -> None:
         """Take a tower in, if it fits the model's."""
-        found = {prefix + name: value for name, value in tensors.items()}
+        found = tower_tensors(prefix, places, model)
         own = {k: v.shape for k, v in plain_names(model).items() if k.startswith(prefix)}
         if own == {name: torch.Size(value.shape) for name, value in found.items()}:
             self.stored |= found
             self.towers[prefix] = places
+
+
+def tower_tensors(
+    prefix: str, places: Sequence[str], model: AVLlavaForConditionalGeneration
+) -> dict[str, Any]:
+    """Tensors of a tower that lies elsewhere, unread where possible, by their names in memory.
+
+    Args:
+        prefix: ``VISION`` or ``AUDIO``.
+        places: its folder or file; of a dual audio tower both.
+        model: says which of the tensors are used; may be on the meta device.
+    """
+    if prefix == VISION:
+        held: dict[str, Any] = {
+            t.name: t for t in stored_tensors(CheckpointFolder(Path(places[0])))
+        }
+        kept, _ = tower_weights(held, model.model.vision_tower)
+        return {VISION + name: value for name, value in kept.items()}
+    kinds = ("",) if len(places) == 1 else ("whisper.", "beats.")
+    return {
+        f"{AUDIO}{kind}audio_tower.{name}": value
+        for kind, place in zip(kinds, places, strict=True)
+        for name, value in _encoder(Path(place)).items()
+    }
 
 
 def _encoder(place: Path) -> dict[str, Any]:

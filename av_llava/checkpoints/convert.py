@@ -197,6 +197,21 @@ CONVERTERS: dict[str, Converter] = {
     ),
     "upgrade": _UPGRADE,
     "consolidate": _UPGRADE,
+    "merge-lora": Converter(
+        "an adapter, a LoRA or a projector put onto its base, as one whole checkpoint",
+        "av_llava.checkpoints.merge:merge_lora",
+        {"base": Option(str, None, "Folder or hub id of the base, if SOURCE does not name it.")},
+    ),
+    "apply-delta": Converter(
+        "the checkpoint that a delta (SOURCE) makes of its base, by LLaVA's arithmetic",
+        "av_llava.checkpoints.delta:apply",
+        {"base": Option(str, None, "Folder or hub id of the language model below.")},
+    ),
+    "make-delta": Converter(
+        "the difference of a LLaVA checkpoint (SOURCE) from its language model",
+        "av_llava.checkpoints.delta:make",
+        {"base": Option(str, None, "Folder or hub id of the language model below.")},
+    ),
 }
 """Converters by name; add your own. The command line offers what stands here."""
 

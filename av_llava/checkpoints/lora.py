@@ -24,13 +24,18 @@ from peft import (
 from torch import Tensor
 
 from av_llava.checkpoints.folder import CheckpointFolder, read_json, sentence
-from av_llava.checkpoints.parts import ADAPTER_CONFIG, disk_key, read_tensors
+from av_llava.checkpoints.parts import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    disk_key,
+    is_lora_key,
+    read_tensors,
+)
 from av_llava.errors import CheckpointError
 from av_llava.modeling import AVLlavaForConditionalGeneration
 from av_llava.weight_names import memory_name
 
 PEFT_PREFIX = "base_model.model."
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _KEY = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)"
     r"(?P<kind>\.weight|\.bias)?$"
@@ -100,30 +105,6 @@ def read_lora(folder: CheckpointFolder) -> Lora:
     if not lora.modules:
         raise CheckpointError(f"{file} holds no LoRA: no name in it has lora_A or lora_B.")
     return lora
-
-
-def is_lora_key(key: str) -> bool:
-    """Whether a key of an adapter's file is a part of a LoRA, not a whole weight."""
-    return "lora_" in key
-
-
-def whole_weights(folder: CheckpointFolder) -> dict[str, Tensor]:
-    """Whole weights that PEFT put beside the LoRA (``modules_to_save``), by names on disk.
-
-    Raises:
-        CheckpointError: trained token rows, which PEFT names by id: ids say nothing without the
-            tokenizer and the resizing that they were made with.
-    """
-    file = next((folder.path / n for n in ADAPTER_FILES if folder.holds(n)), None)
-    state = {} if file is None else read_tensors(file)
-    whole = {disk_key(k): v for k, v in state.items() if not is_lora_key(k)}
-    rows = [k for k in whole if "trainable_tokens" in k]
-    if rows:
-        raise CheckpointError(
-            f"{file} holds rows of tokens by their ids ({rows[0]!r}). Save the adapter with "
-            f"av_llava, which names the tokens, or merge it with PEFT first."
-        )
-    return whole
 
 
 def _split(key: str, file: Path) -> re.Match[str]:

@@ -20,8 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from av_llava.checkpoints.base import (
+    AUDIO,
     EMBEDDING,
     HEAD,
+    VISION,
     check_probe,
     named_tensors,
     vocabulary_rows,
@@ -40,7 +42,7 @@ from av_llava.checkpoints.load import (
     materialise,
     read_config,
 )
-from av_llava.checkpoints.lora import attach_lora, read_lora, whole_weights
+from av_llava.checkpoints.lora import attach_lora, read_lora
 from av_llava.checkpoints.parts import (
     RECORD,
     TOKEN_ROWS,
@@ -94,15 +96,19 @@ class Opened:
         return self.folder.base
 
     @property
-    def described(self) -> CheckpointFolder:
-        """The folder whose ``config.json`` holds."""
-        return self.folder if self.folder.holds("config.json") else self.base
+    def holds_vision_tower(self) -> bool:
+        """Whether the folder or its base holds the vision tower's weights."""
+        return self.folder.has("model.vision_tower.")
 
-    @property
-    def whole_weights(self) -> dict[str, Tensor]:
-        """Whole weights of the folder by their names on disk."""
-        beside = whole_weights(self.folder) if self.folder.is_adapter else {}
-        return {**beside, **self.folder.extra}
+    def recorded_towers(self) -> dict[str, list[str]]:
+        """Places of the towers that an adapter of our own refers to, by their prefix in memory."""
+        record, where = self.folder.record or {}, self.folder.path / RECORD
+        found = {}
+        for prefix, key in ((VISION, "vision_tower"), (AUDIO, "audio_tower")):
+            places = [Reference.from_dict(r, where) for r in record.get(key, [])]
+            if places:
+                found[prefix] = [place.find(self.folder.path) for place in places]
+        return found
 
     def token_rows(self, width: int) -> dict[str, Tensor]:
         """Rows of single tokens by ``input.<token>`` and ``output.<token>``."""
@@ -144,7 +150,7 @@ def open_partial(
     _check_shapes(folder, own, tensors)
     tokenizer = load_tokenizer(tokenizer_at, with_rows(config, max(wanted, known or 0)))
     ids = complete_tokenizer(tokenizer, config)
-    rows = max([wanted, known or 0, *(i + 1 for i in ids)])
+    rows = max([wanted, known or 0, *(i + 1 for i in ids), *_matrix_rows(folder)])
     own.au_token_ids = config.au_token_ids
     fresh = () if folder.record is not None else tuple(_fresh(ids, under, own))
     return Opened(folder, name, own, tower, tokenizer, rows, fresh)
@@ -157,7 +163,7 @@ def _check_shapes(folder: PartialFolder, config: AVLlavaConfig, tensors: Mapping
     """
     with blamed_on(folder, None), torch.device("meta"):
         model = AVLlavaForConditionalGeneration(copy.deepcopy(config))
-    held = {memory_name(key) for key in folder.extra}
+    held = {memory_name(key) for key in folder.stored}
     wrong = [
         f"{tensors[name].name}: the base has {tensors[name].shape}, the model needs "
         f"{tuple(value.shape)}"
@@ -227,10 +233,9 @@ def load_partial(
             f"leave merge out, or merge it in full precision first (av-llava convert merge-lora)."
         )
     model, report = materialise(opened.base, config, plan, attn_implementation=attn_implementation)
-    whole = opened.whole_weights
-    held = {memory_name(key) for key in whole}
-    grow(model, max([opened.rows, *_matrix_rows(whole)]), opened.fresh)
-    filled = _fill_towers(model, opened, held) | apply_weights(model, whole, folder.path)
+    whole = folder.read_stored()
+    grow(model, opened.rows, opened.fresh)
+    filled = _fill_towers(model, opened) | apply_weights(model, whole, folder.path)
     restore_rows(
         model,
         opened.tokenizer,
@@ -255,31 +260,25 @@ def load_partial(
     return Loaded(model.eval(), opened.tokenizer, folder.path, opened.tower)
 
 
-def _matrix_rows(whole: Mapping[str, Tensor]) -> list[int]:
+def _matrix_rows(folder: PartialFolder) -> list[int]:
     """Rows of the embedding and head that a folder holds completely."""
-    return [value.shape[0] for key, value in whole.items() if memory_name(key) in (EMBEDDING, HEAD)]
+    tables = (t for key, t in folder.stored.items() if memory_name(key) in (EMBEDDING, HEAD))
+    return [table.shape[0] for table in tables]
 
 
-def _fill_towers(
-    model: AVLlavaForConditionalGeneration, opened: Opened, held: set[str]
-) -> set[str]:
+def _fill_towers(model: AVLlavaForConditionalGeneration, opened: Opened) -> set[str]:
     """Read towers that lie neither in the base nor in the folder; return what was filled."""
     filled: set[str] = set()
-    described = PartialFolder(opened.described.path, base=opened.base)
-    if opened.tower is not None and not described.has("model.vision_tower."):
+    if opened.tower is not None and not opened.holds_vision_tower:
         filled |= fill_vision_tower(model, opened.tower)
-    record = opened.folder.record
-    if record is None:
-        return filled
-    where, place = opened.folder.path / RECORD, opened.folder.path
-    if "vision_tower" in record:
-        (found,) = (Reference.from_dict(r, where).find(place) for r in record["vision_tower"])
-        filled |= fill_vision_tower(model, find_tower(found, place, weights=True))
-    if "audio_tower" in record:
-        names = [Reference.from_dict(r, where).find(place) for r in record["audio_tower"]]
-        tower = read_tower(names[0] if len(names) == 1 else (names[0], names[1]))
-        fill_tower(model.model.audio_tower, tower.state or {}, tower.name)
-        filled |= {f"model.audio_tower.{name}" for name in tower.state or {}}
+    for prefix, places in opened.recorded_towers().items():
+        if prefix == VISION:
+            tower = find_tower(places[0], opened.folder.path, weights=True)
+            filled |= fill_vision_tower(model, tower)
+        else:
+            ears = read_tower(places[0] if len(places) == 1 else (places[0], places[1]))
+            fill_tower(model.model.audio_tower, ears.state or {}, ears.name)
+            filled |= {AUDIO + name for name in ears.state or {}}
     return filled
 
 

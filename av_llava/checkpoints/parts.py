@@ -24,6 +24,7 @@ from av_llava.checkpoints.folder import (
     safetensors_keys,
 )
 from av_llava.checkpoints.load import locate
+from av_llava.checkpoints.shards import StoredTensor, TensorReader, tensors_in
 from av_llava.errors import CheckpointError
 from av_llava.weight_names import ignored
 
@@ -33,6 +34,7 @@ RECORD = "av_llava_adapter.json"
 """What our own adapters say about themselves: their base and its towers."""
 RECORD_FORMAT = 1
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 MULTIMODAL = "multimodal.safetensors"
 TOKEN_ROWS = "token_rows.safetensors"
 # Files with weights that are neither the base's nor a LoRA's, in the order in which they win.
@@ -107,16 +109,33 @@ class PartialFolder(CheckpointFolder):
     base: CheckpointFolder | None = None
 
     @cached_property
-    def extra(self) -> dict[str, Tensor]:
-        """Whole weights of the folder itself, under names on disk."""
-        state: dict[str, Tensor] = {}
-        for name in (*_PROJECTOR_FILES, *_OTHER_FILES):
-            if self.holds(name):
-                found = {disk_key(k): v for k, v in read_tensors(self.path / name).items()}
-                if name in _PROJECTOR_FILES:
-                    found.pop(_EMBEDDING, None)
-                state |= found
-        return {k: v for k, v in state.items() if not ignored(k)}
+    def stored(self) -> dict[str, StoredTensor]:
+        """Whole weights of the folder itself, unread, under names on disk.
+
+        Raises:
+            CheckpointError: PEFT's rows of tokens by id, which say nothing without the tokenizer
+                and the resizing that they were made with.
+        """
+        found: dict[str, StoredTensor] = {}
+        for name in (*ADAPTER_FILES, *_PROJECTOR_FILES, *_OTHER_FILES):
+            if not self.holds(name):
+                continue
+            here = {disk_key(t.name): t for t in tensors_in([self.path / name])}
+            if name in _PROJECTOR_FILES:
+                here.pop(_EMBEDDING, None)
+            found |= {k: t for k, t in here.items() if not is_lora_key(k) and not ignored(k)}
+        rows = [t for k, t in found.items() if "trainable_tokens" in k]
+        if rows:
+            raise CheckpointError(
+                f"{rows[0].file} holds rows of tokens by their ids ({rows[0].name!r}). Save the "
+                f"adapter with av_llava, which names the tokens, or merge it with PEFT first."
+            )
+        return found
+
+    def read_stored(self) -> dict[str, Tensor]:
+        """The same, read."""
+        with TensorReader() as reader:
+            return {name: reader.read(stored) for name, stored in self.stored.items()}
 
     @cached_property
     def stage_one_rows(self) -> Tensor | None:
@@ -158,7 +177,7 @@ class PartialFolder(CheckpointFolder):
     def keys(self) -> frozenset[str]:  # type: ignore[override]
         """Names on disk of all tensors of the folder and its base."""
         base = frozenset() if self.base is None else self.base.keys
-        return base | frozenset(self.extra)
+        return base | frozenset(self.stored)
 
     @property
     def is_adapter(self) -> bool:
@@ -170,6 +189,11 @@ def is_partial(folder: CheckpointFolder) -> bool:
     """Whether a folder needs a base: it holds parts, but no whole model."""
     parts = (*_PROJECTOR_FILES, *_OTHER_FILES, ADAPTER_CONFIG, RECORD)
     return any(map(folder.holds, parts)) and not any(map(folder.holds, _WHOLE))
+
+
+def is_lora_key(key: str) -> bool:
+    """Whether a key of an adapter's file is a part of a LoRA, not a whole weight."""
+    return "lora_" in key
 
 
 def disk_key(key: str) -> str:

@@ -122,9 +122,19 @@ def grow(model: AVLlavaForConditionalGeneration, rows: int, fresh: Sequence[int]
     if rows > before:
         model.resize_token_embeddings(rows, mean_resizing=False)
         logger.info("Embeddings: %d rows grow to %d.", before, rows)
-    used = min(new[0], before)
+    used = rows_in_use(new, before)
     for table in _tables(model).values():
         table[new] = mean_row(table[:used].cpu(), used).to(table.device)
+
+
+def rows_in_use(new: Sequence[int], before: int) -> int:
+    """How many first rows a new row is the mean of.
+
+    Args:
+        new: ids of the new rows, in order.
+        before: rows that there were.
+    """
+    return min(new[0], before) or before
 
 
 def embedding_of(model: AVLlavaForConditionalGeneration) -> Tensor:
