@@ -12,6 +12,7 @@ from av_llava.answers import SCHEMA, MediumUse, Usage
 from av_llava.budgeting import check_context, context_length
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import locate, memory_keys, read_config
+from av_llava.checkpoints.quantize import stored_scheme
 from av_llava.checkpoints.tokenizers import load_tokenizer
 from av_llava.checkpoints.tokens import complete_tokenizer
 from av_llava.config import AVLlavaConfig
@@ -116,6 +117,7 @@ def describe(path: str | Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {"name": str(path), "folder": str(folder.path)}
     found["layout"] = folder.config.get("model_type")
     found["architecture"] = (folder.config.get("architectures") or [None])[0]
+    found["quantization"] = stored_scheme(folder)
     found |= _parts(config, folder)
     inside = any(key.startswith(_VISION_PREFIX) for key in memory_keys(folder))
     if config.vision_config is not None:

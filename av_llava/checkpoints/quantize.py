@@ -277,9 +277,9 @@ def plain_keys(keys: Iterable[str]) -> set[str]:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The quantised layers of a model by name."""
+    """The quantised layers of a model by name, without PEFT's wrapper around a layer."""
     return {
-        name: module
+        name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and _is_quantized(module.weight)
     }

@@ -22,6 +22,7 @@ from av_llava.checkpoints import hf_format
 from av_llava.checkpoints.convert import Report
 from av_llava.checkpoints.folder import CheckpointFolder, read_json
 from av_llava.checkpoints.load import locate, read_config
+from av_llava.checkpoints.quantize import stored_scheme
 from av_llava.checkpoints.shards import StoredTensor, stored_tensors
 from av_llava.checkpoints.tokenizers import load_tokenizer
 from av_llava.checkpoints.towers import Tower
@@ -161,6 +162,12 @@ def open_source(path: str | Path) -> Source:
     """
     folder = locate(path)
     folder.check_files()
+    stored_in = stored_scheme(folder)
+    if stored_in is not None:
+        raise CheckpointError(
+            f"{folder.path} is stored in {stored_in}. Only checkpoints in full precision are "
+            f"converted: take the one that it was made from."
+        )
     rename = hf_format.memory_name if hf_format.is_hf_llava_config(folder.config) else memory_name
     tensors: dict[str, StoredTensor] = {}
     unused = []

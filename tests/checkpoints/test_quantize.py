@@ -30,6 +30,7 @@ from av_llava.checkpoints.quantize import (
     stored_bytes,
     stored_scheme,
 )
+from av_llava.checkpoints.source import open_source
 from av_llava.errors import AVLlavaError, CheckpointError, MissingExtraError, UsageError
 from av_llava.inference import describe
 from checkpoints.folders import copy_case, edit_config, edit_weights, read_weights, write_weights
@@ -327,7 +328,7 @@ def test_what_is_saved_loads_to_the_same_numbers(folder, scheme, dtype, tmp_path
     assert any(n.startswith("model.layers.0.self_attn.q_proj.") for n in names)
     assert not any("language_model" in n for n in names)
     told = describe(tmp_path)
-    assert told["missing"] == told["unexpected"] == []
+    assert told["missing"] == told["unexpected"] == [] and told["quantization"] == scheme
     again.save_pretrained(tmp_path / "again")
     first, second = read_weights(tmp_path), read_weights(tmp_path / "again")
     assert first.keys() == second.keys()
@@ -364,6 +365,12 @@ def test_a_stored_scheme_stays_what_it_is(folder, tmp_path):
         load(tmp_path, "8bit", dtype="auto")
     with pytest.raises(UsageError, match=r"computing in bfloat16.*as float32"):
         load(tmp_path, dtype="float32")
+
+
+def test_stored_in_4_bits_is_not_converted(folder, tmp_path):
+    av_llava.load(folder, device="cpu", quantize="4bit").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="stored in 4bit.*full precision"):
+        open_source(tmp_path)
 
 
 def test_other_softwares_quantised_weights_are_refused(folder, tmp_path):
@@ -423,7 +430,7 @@ def test_a_lora_stays_beside_quantised_weights(folder, scheme, tmp_path):
     assert apart(moved, wanted) < 2 * LOST[scheme] and wanted.norm() > 0.1
     reloaded = quantized_layers(base)
     for name, layer in quantized_layers(model).items():
-        plain = reloaded[name.removesuffix(".base_layer")]
+        plain = reloaded[name]
         assert torch.equal(plain_weight(layer), plain_weight(plain)), name
 
 
@@ -433,6 +440,27 @@ def test_asking_a_quantised_model_with_a_lora(folder, tmp_path):
     picture = Image.new("RGB", (64, 40), "red")
     answer = m.ask(picture, "What is it?", max_new_tokens=4)
     assert m.session(picture).ask("What is it?", max_new_tokens=4).text == answer.text
+
+
+@pytest.mark.parametrize("scheme", EVERY)
+def test_an_adapter_on_a_quantised_base_saves_and_loads(folder, scheme, tmp_path):
+    adapter = lora_folder(folder, tmp_path / "adapter")
+    options = {"device": "cpu", "quantize": scheme}
+    m = av_llava.load(adapter, base=folder, **options)
+    m.save_pretrained(tmp_path / "saved")
+    again = av_llava.load(tmp_path / "saved", **options)
+    assert torch.equal(logits(again.model), logits(m.model))
+    full = av_llava.load(tmp_path / "saved", device="cpu")
+    assert not quantized_layers(full.model)
+    assert apart(logits(m.model), logits(full.model)) < LOST[scheme]
+
+
+def test_an_adapter_on_a_base_that_is_stored_in_4_bits(folder, tmp_path):
+    adapter = lora_folder(folder, tmp_path / "adapter")
+    av_llava.load(folder, device="cpu", quantize="4bit").save_pretrained(tmp_path / "base")
+    stored = load_partial(adapter, tmp_path / "base", device="cpu").model
+    fresh = load_partial(adapter, folder, device="cpu", quantize="4bit").model
+    assert torch.equal(logits(stored), logits(fresh))
 
 
 def test_a_lora_is_not_merged_into_quantised_weights(folder, tmp_path):
@@ -503,7 +531,7 @@ def test_a_lora_on_a_quantised_base_learns(folder, scheme):
     assert losses[-1] < losses[0] - 0.1
     after = {n.removeprefix("base_model.model."): x for n, x in quantized_layers(wrapped).items()}
     for name, layer in after.items():
-        assert torch.equal(plain_weight(layer), before[name.removesuffix(".base_layer")])
+        assert torch.equal(plain_weight(layer), before[name])
 
 
 # ---------------------------------------------------------------- refusals
