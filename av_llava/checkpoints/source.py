@@ -202,13 +202,16 @@ def account(tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[in
     )
 
 
+_MORE_FIELDS = {"vision_use_head"}  # of SigLIP; not declared before transformers 5.18
+
+
 def clean_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A network's configuration with the fields of its class only.
 
     LLaVA's flat files mix settings of generation and of training into it.
     """
     kind = type(config)
-    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    names = {f.name for f in dataclasses.fields(kind)} | _MORE_FIELDS  # type: ignore[arg-type]
     data = {k: v for k, v in config.to_dict().items() if k in names}
     for passing in ("transformers_version", "architectures", "dtype"):
         data.pop(passing, None)

@@ -34,7 +34,7 @@ from av_llava.errors import CheckpointError, UsageError, unknown_name
 
 _NOTE_SECONDS = 10.0
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", hidden=True)]
+Source = Annotated[str | None, typer.Argument(metavar="SOURCE", hidden=True)]
 Destination = Annotated[str | None, typer.Argument(metavar="DESTINATION", hidden=True)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
 Verify = Annotated[
@@ -60,7 +60,7 @@ Dtype = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
 
 _COMMON: dict[str, tuple[Any, Any]] = {
-    "source": (Source, inspect.Parameter.empty),
+    "source": (Source, None),
     "destination": (Destination, None),
     "dry_run": (DryRun, False),
     "verify": (Verify, False),
@@ -197,6 +197,8 @@ def _check(name: str, converter: Converter, given: dict[str, Any]) -> None:
     Raises:
         UsageError, CheckpointError: a wrong value, no source, a destination that exists.
     """
+    if given["source"] is None:
+        raise UsageError(f"{name} needs a SOURCE: a checkpoint folder or hub id.")
     parse_size(given["shard_size"])
     if given["dtype"] not in o.DTYPES:
         raise unknown_name("dtype", given["dtype"], o.DTYPES)
