@@ -20,14 +20,12 @@ import logging
 import math
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,7 +39,7 @@ from av_llava.checkpoints.base import (
 )
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import locate
-from av_llava.checkpoints.lora import OTHER_KINDS, PEFT_PREFIX
+from av_llava.checkpoints.model_state import Split, split, unwrapped
 from av_llava.checkpoints.parts import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
@@ -51,7 +49,6 @@ from av_llava.checkpoints.parts import (
     TOKEN_ROWS,
     PartialFolder,
     Reference,
-    is_lora_key,
     is_partial,
 )
 from av_llava.checkpoints.quantize import quantized_layers
@@ -65,7 +62,6 @@ from av_llava.weight_names import disk_name
 
 logger = logging.getLogger(__name__)
 
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "module.")
 _TABLES = {EMBEDDING: INPUT, HEAD: OUTPUT}
 _SHOWN = 6
 
@@ -136,11 +132,12 @@ def write_adapter(
             if prefix in tensors.towers:
                 places = tensors.towers[prefix]
                 record[key] = [Reference.to(place, folder).to_dict() for place in places]
+    files = {MULTIMODAL: saved.weights, TOKEN_ROWS: saved.rows, ADAPTER_FILES[0]: parts.lora}
+    record["files"] = [file for file, tensors in files.items() if tensors]
     _write_json(record, folder / RECORD)
-    _write_tensors(saved.weights, folder / MULTIMODAL)
-    _write_tensors(saved.rows, folder / TOKEN_ROWS)
+    for file in record["files"]:
+        _write_tensors(files[file], folder / file)
     if parts.lora:
-        _write_tensors(parts.lora, folder / ADAPTER_FILES[0])
         _write_json(_peft_config(parts, name), folder / ADAPTER_CONFIG)
     config = _own_config(inner, tied=HEAD not in saved.names)
     config.save_pretrained(folder)
@@ -180,22 +177,6 @@ def changed_names(
     return frozenset(differing | parts.trainable)
 
 
-def unwrapped(model: Any) -> AVLlavaForConditionalGeneration:
-    """The model inside what PEFT, ``torch.compile`` or data parallelism put around it."""
-    while not isinstance(model, AVLlavaForConditionalGeneration):
-        for name in ("module", "_orig_mod", "get_base_model"):
-            inner = getattr(model, name, None)
-            if inner is not None:
-                model = inner() if name == "get_base_model" else inner
-                break
-        else:
-            raise UsageError(
-                f"An adapter is saved of AVLlavaForConditionalGeneration or of a PeftModel around "
-                f"it, not of a {type(model).__name__}."
-            )
-    return model
-
-
 def _base(
     model: AVLlavaForConditionalGeneration, base: str | Path | None
 ) -> tuple[str, CheckpointFolder]:
@@ -225,131 +206,6 @@ def _loaded_on(model: AVLlavaForConditionalGeneration) -> str | None:
         if config.base_model_name_or_path:
             return str(config.base_model_name_or_path)
     return model.name_or_path or None
-
-
-# ---------------------------------------------------------------- taking a model apart
-
-
-@dataclass
-class Split:
-    """A model's tensors by their plain names in memory, and its LoRA."""
-
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
-    """Rows that PEFT trains beside a matrix: name of the matrix, ids, rows [n, D]."""
-    trainable: set[str] = field(default_factory=set)
-    """Plain names of whole weights that require gradients."""
-    lora: dict[str, Tensor] = field(default_factory=dict)
-    """By PEFT's names."""
-    layers: dict[str, LoraLayer] = field(default_factory=dict)
-    """LoRA layers by the plain names of their modules."""
-    adapter: str = "default"
-    config: LoraConfig | None = None
-
-
-def split(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> Split:
-    """Take a model apart; tensors are not copied.
-
-    Raises:
-        UsageError: adapters of another kind or several, a merged LoRA, or incomplete parameters.
-    """
-    parts = Split()
-    configs = dict(getattr(model, "peft_config", None) or {})
-    modules = {_plain(name): module for name, module in model.named_modules()}
-    parts.layers = {n: m for n, m in modules.items() if isinstance(m, LoraLayer)}
-    trained_rows = {n: m for n, m in modules.items() if isinstance(m, TrainableTokensLayer)}
-    if parts.layers or trained_rows:
-        parts.adapter, parts.config = _only_adapter(configs)
-        _check_apart([*parts.layers.values(), *trained_rows.values()])
-    state = dict(model.state_dict() if state_dict is None else state_dict)
-    for key, value in state.items():
-        name = _plain_key(key, parts.adapter)
-        if name is not None:
-            parts.weights[name] = value
-    for name, module in trained_rows.items():
-        table = name.removesuffix(".token_adapter") + ".weight"
-        rows = _trained_rows(module, state, parts.adapter)
-        parts.rows[table] = (list(module.token_indices[parts.adapter]), rows)
-    if parts.layers:
-        parts.lora = _lora_state(model, state, parts.adapter)
-    parts.trainable = {
-        name
-        for key, parameter in model.named_parameters()
-        if parameter.requires_grad
-        if (name := _plain_key(key, parts.adapter)) is not None
-    }
-    _check_here({**parts.weights, **parts.lora})
-    return parts
-
-
-def _plain(name: str) -> str:
-    """A module's name without the wrappers around it."""
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
-    name = name.removeprefix(PEFT_PREFIX)
-    return name.replace("._fsdp_wrapped_module", "").replace("._orig_mod", "")
-
-
-def _plain_key(key: str, adapter: str) -> str | None:
-    """The plain name of a whole weight; None for the rest of what PEFT keeps."""
-    name = _plain(key)
-    if is_lora_key(name) or ".trainable_tokens_" in name or ".original_module." in name:
-        return None
-    before, kept, after = name.partition(".modules_to_save.")
-    if kept:
-        name = f"{before}.{after.removeprefix(f'{adapter}.')}"
-    return name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
-
-
-def _only_adapter(configs: Mapping[str, Any]) -> tuple[str, LoraConfig]:
-    if len(configs) != 1:
-        raise UsageError(
-            f"The model carries {len(configs)} adapters ({', '.join(configs) or 'none'}); exactly "
-            f"one can be saved. Delete the others, or merge them."
-        )
-    (name, config), *_ = configs.items()
-    data = config.to_dict()
-    special = [kind for kind in OTHER_KINDS if data.get(kind)]
-    if not isinstance(config, LoraConfig) or special:
-        kind = ", ".join(special) or type(config).__name__
-        raise UsageError(f"Only plain LoRA adapters can be saved here, not {kind}.")
-    return name, config
-
-
-def _check_apart(layers: Collection[Any]) -> None:
-    if any(layer.merged for layer in layers):
-        raise UsageError(
-            "The adapter is merged into the weights for now (merge_adapter): take it out "
-            "(unmerge_adapter) before it is saved, or it would count twice."
-        )
-
-
-def _check_here(tensors: Mapping[str, Tensor]) -> None:
-    """Raise for parameters whose values are not in this process."""
-    gone = [n for n, v in tensors.items() if v.is_meta or (not v.numel() and 0 in v.shape)]
-    if gone:
-        raise UsageError(
-            f"{len(gone)} weights are offloaded or spread over processes ({gone[0]!r}). Gather "
-            f"them and hand them in as state_dict, or save a model that is in memory."
-        )
-
-
-def _trained_rows(
-    module: TrainableTokensLayer, state: Mapping[str, Tensor], adapter: str
-) -> Tensor:
-    """Rows from the state that was handed in, else from the module. [n, D]"""
-    own: Tensor = module.trainable_tokens_delta[adapter]
-    suffix = f".trainable_tokens_delta.{adapter}"
-    found = [v for k, v in state.items() if k.endswith(suffix) and v.shape == own.shape]
-    return found[0] if len(found) == 1 else own.detach()
-
-
-def _lora_state(model: Any, state: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
-    """The LoRA in PEFT's format, modules under their names in memory."""
-    found = get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=adapter, save_embedding_layers=False
-    )
-    return {PEFT_PREFIX + _plain(k): v for k, v in found.items() if is_lora_key(k)}
 
 
 def _peft_config(parts: Split, base: str) -> dict[str, Any]:
@@ -395,7 +251,7 @@ def _alpha(layer: LoraLayer, adapter: str, rank: int, root: bool) -> float:
 # ---------------------------------------------------------------- what is saved
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Saved:
     weights: dict[str, Tensor]
     """By names on disk."""
@@ -573,8 +429,6 @@ class _Table:
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    if not tensors:
-        return
     whole = {name: value.detach().contiguous() for name, value in sorted(tensors.items())}
     seen: set[int] = set()
     for name, value in whole.items():  # safetensors refuses tensors that share memory

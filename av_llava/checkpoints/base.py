@@ -19,7 +19,7 @@ from torch import Tensor
 
 from av_llava.checkpoints import hf_format
 from av_llava.checkpoints.audio_towers import encoder_tensors, read_audio_tower
-from av_llava.checkpoints.folder import CheckpointFolder, load_bin, unreadable
+from av_llava.checkpoints.folder import CheckpointFolder, load_bin, read_json, unreadable
 from av_llava.checkpoints.shards import StoredTensor, TensorReader, stored_tensors
 from av_llava.checkpoints.towers import candidates
 from av_llava.config import AVLlavaConfig
@@ -111,7 +111,7 @@ class BaseTensors:
             return
         given = [Path(part).expanduser() for part in name.split(" + ")]
         found = [p if p.exists() else _cached(str(p)) for p in given]
-        places = [str(place) for place in found if place is not None]
+        places = [str(p) for p in found if p is not None and _is_encoder(p)]
         if len(places) < len(found):
             return
         self._add(AUDIO, places, model)
@@ -150,6 +150,12 @@ def tower_tensors(
         for kind, place in zip(kinds, places, strict=True)
         for name, value in _encoder(Path(place)).items()
     }
+
+
+def _is_encoder(place: Path) -> bool:
+    """Whether a place can hold an audio encoder alone: a Whisper folder or a file."""
+    file = place / "config.json"
+    return place.is_file() or (file.is_file() and read_json(file).get("model_type") == "whisper")
 
 
 def _encoder(place: Path) -> dict[str, Any]:

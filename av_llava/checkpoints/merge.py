@@ -20,7 +20,6 @@ from peft.tuners.lora import LoraLayer as PeftLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from av_llava.checkpoints.adapters import split
 from av_llava.checkpoints.base import (
     AUDIO,
     EMBEDDING,
@@ -42,6 +41,7 @@ from av_llava.checkpoints.destination import Weights, make_folder, small_files, 
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import generation_config, locate
 from av_llava.checkpoints.lora import LoraLayer, layers_of, read_lora
+from av_llava.checkpoints.model_state import split
 from av_llava.checkpoints.partial import Opened, load_partial, open_partial
 from av_llava.checkpoints.parts import TOKEN_ROWS, is_partial
 from av_llava.checkpoints.quantize import stored_scheme

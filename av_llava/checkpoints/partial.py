@@ -51,6 +51,7 @@ from av_llava.checkpoints.parts import (
     base_of,
     is_partial,
 )
+from av_llava.checkpoints.public_audio import refuse_public
 from av_llava.checkpoints.quantize import check_scheme, plan_weights, quantized_layers
 from av_llava.checkpoints.target import check_device_map, resolve_device
 from av_llava.checkpoints.tokenizers import load_tokenizer
@@ -301,6 +302,7 @@ def load_any(
         raise CheckpointError(
             f"{folder.path} holds a whole model, so it stands on no base: leave out {str(base)!r}."
         )
+    refuse_public(folder)
     return load_checkpoint(path, **options)
 
 

@@ -161,7 +161,7 @@ class PartialFolder(CheckpointFolder):
         """What an adapter of our own says about itself; None for other folders.
 
         Raises:
-            CheckpointError: it was written by a later release.
+            CheckpointError: it was written by a later release, or a file of it is gone.
         """
         if not self.holds(RECORD):
             return None
@@ -170,6 +170,12 @@ class PartialFolder(CheckpointFolder):
             raise CheckpointError(
                 f"{self.path / RECORD} has format {data.get('format')!r}; this release reads "
                 f"{RECORD_FORMAT}. Load it with the release that wrote it, or a later one."
+            )
+        gone = [name for name in data.get("files", []) if not self.holds(name)]
+        if gone:
+            raise CheckpointError(
+                f"{self.path} holds no {gone[0]}, which belongs to it ({RECORD}). The copy is "
+                f"incomplete."
             )
         return data
 
