@@ -87,6 +87,7 @@ def upgrade(source: str | Path, destination: str | Path | None, options: Convert
     if in_place == (destination is not None):
         raise UsageError("Give either a destination or --in-place (in_place=True).")
     if in_place:
+        _check_in_place(source, options)
         return _in_place(locate(source), options)
     opened = open_source(source)
     data, changes = upgraded(opened.folder.config)
@@ -115,6 +116,19 @@ def upgrade(source: str | Path, destination: str | Path | None, options: Convert
             prepared=prepared,
             finish=lambda folder: copy_rest(opened, folder),
             compare=lambda made: compare_ours(source, made, dtype),
+        )
+
+
+def _check_in_place(source: str | Path, options: ConvertOptions) -> None:
+    """Refuse what in-place cannot do."""
+    if not Path(source).expanduser().is_dir():
+        raise UsageError(
+            f"{str(source)!r} is no folder here: only a local one is changed in place."
+        )
+    if options.verify or options.dtype is not None:
+        raise UsageError(
+            "In place only config.json changes, so there are no weights to compare or to convert: "
+            "leave --verify and --dtype out, or name a destination."
         )
 
 
@@ -161,6 +175,7 @@ def copy_rest(opened: Source, folder: Path) -> None:
     A tower that is named relatively would not be found from another place.
     """
     weights = {file for pattern in WEIGHTS for file in opened.path.glob(pattern)}
+    weights |= set(opened.folder.weight_files)
     for path in opened.path.iterdir():
         if path not in weights and path.name != "config.json":
             _copy(path, folder / path.name)

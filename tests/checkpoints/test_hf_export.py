@@ -28,6 +28,7 @@ from av_llava.settings import (
     ProjectorSettings,
     SamplingSettings,
     SequenceSettings,
+    VisionSettings,
 )
 
 from .converting import assert_same_tensors, fingerprint, tensors
@@ -178,6 +179,18 @@ def next_video_like(**parts):
     return tiny(**{**given, **parts})
 
 
+def flat_siglip(**parts):
+    """A tiny model of ours as LLaVA 1.5 is laid out, with a SigLIP tower."""
+    given = {
+        "kind": "llama",
+        "audio": False,
+        "image": ImageSettings("pad"),
+        "aggregator": settings_of("llava_video", {"newline": "none"}),
+        "sequence": SequenceSettings(template="vicuna_v1"),
+    }
+    return tiny(**{**given, **parts})
+
+
 def saved(pair, folder):
     model, processor = pair
     with torch.no_grad():
@@ -213,6 +226,25 @@ def test_a_full_vocabulary_grows_by_the_placeholders_and_shrinks_again(tmp_path,
     assert_same_tensors(before, tensors(tmp_path / "back"))
     assert semantics(source) == semantics(tmp_path / "back")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "back")) == n
+
+
+def test_pinpoints_that_are_text_stay_text(tmp_path):
+    image = ImageSettings("anyres_max_4", "spatial_unpad", "(1x1),...,(2x2)")
+    wide = VisionSettings(kind="siglip", select_layer=-1, resize="exact")
+    model, processor = onevision_like(image=image, vision=wide, **side_of(224))
+    source = saved((model, processor), tmp_path / "source")
+    convert("hf", source, tmp_path / "hf", verify=True)
+    data = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert [224, 448] in data["image_grid_pinpoints"] and len(data["image_grid_pinpoints"]) == 4
+    convert("llava", tmp_path / "hf", tmp_path / "back")
+    assert semantics(source) == semantics(tmp_path / "back")
+
+
+def side_of(pixels):
+    """A tower for larger pictures: LLaVA's ranges know certain sides only."""
+    config = tiny()[0].config.vision_config
+    config.image_size, config.patch_size = pixels, pixels // 4
+    return {"vision_config": config}
 
 
 def test_videos_pooled_before_the_projector_become_next_video(tmp_path):
@@ -257,7 +289,7 @@ def picture(width, height):
 
 def exported(case_or_pair, tmp_path):
     """(folder of the original, folder for transformers)"""
-    if case_or_pair not in (V15, V16):
+    if case_or_pair not in (V15, V16, flat_siglip):
         # transformers' processors for videos are made of it; so are those of these classes.
         pytest.importorskip("torchvision")
     if isinstance(case_or_pair, str):
@@ -304,6 +336,8 @@ def by_transformers(folder, content):
         (OV, (70, 70), False),
         (OV, (100, 60), True),
         (onevision_like, (56, 56), False),
+        (flat_siglip, (56, 56), False),
+        (flat_siglip, (70, 40), True),
         (next_video_like, (56, 112), True),
     ],
 )

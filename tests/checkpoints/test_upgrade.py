@@ -157,6 +157,15 @@ def test_exactly_one_place_must_be_given(tmp_path):
             convert("upgrade", source, destination, in_place=in_place)
 
 
+def test_in_place_has_no_weights_to_convert_and_no_hub_to_change(tmp_path):
+    source = first_llava(tmp_path / "case")
+    for options in ({"verify": True}, {"dtype": "bfloat16"}):
+        with pytest.raises(UsageError, match="In place only config.json changes"):
+            convert("upgrade", source, in_place=True, **options)
+    with pytest.raises(UsageError, match="'owner/name' is no folder here"):
+        convert("upgrade", "owner/name", in_place=True)
+
+
 def test_folders_of_other_layouts_are_refused(tmp_path):
     folder = stock_folder(stock_model("llava"), tmp_path / "stock")
     with pytest.raises(CheckpointError, match="not in LLaVA's layout"):
