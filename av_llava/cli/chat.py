@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -212,8 +212,8 @@ class Loop:
         with engine.memory_guard(talk.model, talk.request, talk.found.values()):
             try:
                 stream = talk.stream(prompt)
-                for piece in self.output.pieces(stream):
-                    said.append(piece)
+                for _ in self.output.pieces(_kept(stream, said)):
+                    pass
             except KeyboardInterrupt:
                 self.output.note("[stopped]")
                 if said:
@@ -284,6 +284,13 @@ class Loop:
     def _say(self, text: str) -> None:
         """Answer a command: asked for, so --quiet does not matter."""
         Output().note(text)
+
+
+def _kept(pieces: Iterable[str], said: list[str]) -> Iterator[str]:
+    """Pass pieces on, each kept before it is shown: a Ctrl-C then loses none that was seen."""
+    for piece in pieces:
+        said.append(piece)
+        yield piece
 
 
 def _words(rest: str) -> list[str]:
