@@ -266,6 +266,8 @@ def read_config(
 ) -> tuple[AVLlavaConfig, Tower | None]:
     """The configuration of a folder, and its vision tower when the folder only names it."""
     data = overwritten(folder.config, overwrite)
+    with blamed_on(folder, overwrite):
+        _check_dtype(data)
     if data.get("model_type") == AVLlavaConfig.model_type:
         data.pop("model_type")
         with blamed_on(folder, overwrite):
@@ -281,6 +283,15 @@ def read_config(
         f"{folder.path / 'config.json'} (model_type {data.get('model_type')!r}) is not a "
         f"checkpoint of the LLaVA family: it names no vision tower (mm_vision_tower)."
     )
+
+
+def _check_dtype(data: Mapping[str, Any]) -> None:
+    """Refuse a type of weights that is none, with the name of its field."""
+    for key in ("torch_dtype", "dtype"):
+        value = data.get(key)
+        name = value.removeprefix("torch.") if isinstance(value, str) else ""
+        if value not in (None, "auto") and not isinstance(getattr(torch, name, None), torch.dtype):
+            raise CheckpointError(f"{key} {value!r} is not a type of torch such as 'bfloat16'.")
 
 
 def _read_llava(
