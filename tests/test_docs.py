@@ -300,7 +300,9 @@ def test_links_lead_somewhere(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_names_in_the_text_exist(page: str) -> None:
     known = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    flags = {flag for c in known.values() for p in c.params for flag in p.opts}
+    converters = known["convert"]
+    inner = [converters.get_command(None, name) for name in converters.list_commands(None)]
+    flags = {flag for c in (*known.values(), *inner) for p in c.params for flag in p.opts}
     for name in names_in(page):
         words = name.split()
         if words[0] == "make":
