@@ -111,10 +111,10 @@ class Report:
         return asdict(self)
 
 
-def listed(keys: tuple[str, ...]) -> str:
+def listed(keys: tuple[str, ...], shown: int = _SHOWN) -> str:
     """Some names, and how many more there are."""
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(keys[:_SHOWN]) + more
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return ", ".join(keys[:shown]) + more
 
 
 @dataclass(frozen=True)

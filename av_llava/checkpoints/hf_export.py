@@ -33,7 +33,7 @@ from av_llava.checkpoints.hf_features import (
     refused,
 )
 from av_llava.checkpoints.hf_processor import hf_pinpoints, strategy, write_processor
-from av_llava.checkpoints.load import read_config
+from av_llava.checkpoints.load import generation_config, read_config
 from av_llava.checkpoints.shards import Transfer
 from av_llava.checkpoints.source import (
     EMBEDDING,
@@ -139,7 +139,7 @@ def to_hf(source: str | Path, destination: str | Path | None, options: ConvertOp
         if dtype is not None:
             config.dtype = dtype
         notes = _write_small(prepared, kind, config, places)
-        opened.generation_config(config.text_config).save_pretrained(prepared)
+        generation_config(opened.folder, config).save_pretrained(prepared)
         report = whole.account(dropped=dropped, notes=tuple(notes))
         return make_folder(
             dataclasses.replace(report, mapped=report.mapped - len(gone)),

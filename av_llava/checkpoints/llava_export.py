@@ -13,6 +13,7 @@ from av_llava.checkpoints import hf_record
 from av_llava.checkpoints.compare import check_memory, compare_ours
 from av_llava.checkpoints.convert import ConvertOptions, Report
 from av_llava.checkpoints.destination import Weights, make_folder, small_files, target_dtype
+from av_llava.checkpoints.load import generation_config
 from av_llava.checkpoints.shards import Transfer
 from av_llava.checkpoints.source import EMBEDDING, HEAD, open_source
 from av_llava.modeling import AVLlavaForConditionalGeneration
@@ -46,7 +47,7 @@ def to_llava(source: str | Path, destination: str | Path | None, options: Conver
         config.save_pretrained(prepared)
         AVLlavaProcessor(tokenizer, config).save_pretrained(prepared)
         hf_record.remove_tokens(prepared, restored.tokens)
-        opened.generation_config(config.text_config).save_pretrained(prepared)
+        generation_config(opened.folder, config).save_pretrained(prepared)
         return make_folder(
             report,
             opened.path,

@@ -232,7 +232,7 @@ class Transfer:
 def mean_row(table: Tensor, n_used: int) -> Tensor:
     """The mean of the first ``n_used`` rows, summed in float64 a few rows at a time. [D]"""
     total = torch.zeros(table.shape[1:], dtype=torch.float64)
-    for rows in table[:n_used].split(4096):
+    for rows in table[:n_used].split(1024):
         total += rows.sum(0, dtype=torch.float64)
     return (total / n_used).to(table.dtype)
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from av_llava.checkpoints import hf_format
 from av_llava.checkpoints.convert import Report
-from av_llava.checkpoints.folder import CheckpointFolder, read_json
+from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import locate, read_config
 from av_llava.checkpoints.quantize import stored_scheme
 from av_llava.checkpoints.shards import StoredTensor, stored_tensors
@@ -113,16 +113,6 @@ class Source:
     def tokenizer(self, config: AVLlavaConfig) -> PreTrainedTokenizerBase:
         """The folder's tokenizer."""
         return load_tokenizer(self.folder, config)
-
-    def generation_config(self, text_config: PreTrainedConfig) -> GenerationConfig:
-        """The folder's settings of generation, with the language model's special tokens."""
-        name = "generation_config.json"
-        data = read_json(self.path / name) if self.folder.holds(name) else {}
-        generation = GenerationConfig.from_dict(data)
-        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(generation, token) is None:
-                setattr(generation, token, getattr(text_config, token, None))
-        return generation
 
 
 @dataclass(frozen=True)

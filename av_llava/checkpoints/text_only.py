@@ -17,6 +17,7 @@ from av_llava.checkpoints.compare import check_memory, compare_text
 from av_llava.checkpoints.convert import ConvertOptions, Report
 from av_llava.checkpoints.destination import Weights, make_folder, small_files, target_dtype
 from av_llava.checkpoints.hf_processor import write_chat_template
+from av_llava.checkpoints.load import generation_config
 from av_llava.checkpoints.shards import Transfer
 from av_llava.checkpoints.source import HEAD, MULTIMODAL, TIED, UNUSED, account, open_source
 from av_llava.errors import CheckpointError, UsageError
@@ -59,7 +60,7 @@ def to_text_only(
         text.save_pretrained(prepared)
         tokenizer = opened.tokenizer(config)
         tokenizer.save_pretrained(prepared)
-        opened.generation_config(text).save_pretrained(prepared)
+        generation_config(opened.folder, config).save_pretrained(prepared)
         notes = _prompt_format(prepared, AVLlavaProcessor(tokenizer, config))
         return make_folder(
             replace(report, notes=notes),

@@ -252,7 +252,7 @@ def lines(report: Report, tolerance: float = TOLERANCE) -> list[str]:
         f"  reshaped     {len(report.reshaped)}{_names(report.reshaped)}",
     ]
     out += [
-        f"  left out     {len(names)} ({reason}){_names(names)}"
+        f"  left out     {len(names)} ({reason}){_names(names, 3)}"
         for reason, names in report.dropped.items()
     ]
     if report.files:
@@ -262,5 +262,5 @@ def lines(report: Report, tolerance: float = TOLERANCE) -> list[str]:
     return [*out, *(f"  note: {note}" for note in report.notes)]
 
 
-def _names(names: tuple[str, ...]) -> str:
-    return f": {listed(names)}" if names else ""
+def _names(names: tuple[str, ...], shown: int = 12) -> str:
+    return f": {listed(names, shown)}" if names else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from golden_data import golden
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny
+from transformers import GenerationConfig
 
 from av_llava.checkpoints import compare
 from av_llava.checkpoints.convert import (
@@ -87,6 +89,19 @@ def test_progress_reaches_the_end(tmp_path, name):
     report = convert(name, source, tmp_path / "out", progress=lambda *n: seen.append(n))
     assert seen == sorted(seen) and seen[-1] == (report.n_bytes, report.n_bytes)
     assert len(seen) == report.mapped
+
+
+@pytest.mark.parametrize("name", ["llava", "hf", "text-only"])
+def test_settings_of_generation_that_transformers_would_not_save(tmp_path, name):
+    # As published: temperatures without sampling.
+    source = copy_case(V15, tmp_path / "case")
+    published = {"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "pad_token_id": 0}
+    published |= {"temperature": 0.9, "top_p": 0.6, "transformers_version": "4.31.0"}
+    (source / "generation_config.json").write_text(json.dumps(published))
+    convert(name, source, tmp_path / "out", verify=True)
+    made = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (made.eos_token_id, made.pad_token_id, made.max_length) == (2, 0, 4096)
+    assert not made.do_sample and made.temperature in (None, 1.0)
 
 
 class Hostile:
