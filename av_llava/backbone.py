@@ -80,7 +80,15 @@ class AVLlavaPreTrainedModel(PreTrainedModel):
 
         transformers remembers the renamings that loading used, and reverses only those; a tower
         from its own folder used none.
+
+        Raises:
+            UsageError: the model carries a LoRA apart, which a checkpoint cannot hold.
         """
+        if any(".lora_" in name for name, _ in self.named_parameters()):
+            raise UsageError(
+                "This model carries an adapter (LoRA) that is not merged into its weights: save it "
+                "as an adapter folder with save_adapter, or merge it first."
+            )
         self._weight_conversions = None
         super().save_pretrained(*args, **kwargs)
 

@@ -139,7 +139,7 @@ def write_adapter(
         _write_tensors(files[file], folder / file)
     if parts.lora:
         _write_json(_peft_config(parts, name), folder / ADAPTER_CONFIG)
-    config = _own_config(inner, tied=HEAD not in saved.names)
+    config = _own_config(inner, saved.tied)
     config.save_pretrained(folder)
     AVLlavaProcessor(processor.tokenizer, config, processor.chat_template).save_pretrained(folder)
     if inner.generation_config is not None:
@@ -153,6 +153,9 @@ def _own_config(model: AVLlavaForConditionalGeneration, tied: bool) -> AVLlavaCo
     config.dtype = model.dtype
     if hasattr(config, "quantization_config"):  # of the base, which says so itself
         del config.quantization_config
+    for part in (config.text_config, config.vision_config, config.audio_config):
+        if part is not None:
+            part.dtype = model.dtype
     if config.tie_word_embeddings and not tied:
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
     return config
@@ -258,6 +261,9 @@ class _Saved:
     names: frozenset[str]
     """The same, by names in memory."""
     rows: dict[str, Tensor]
+    """Rows of tokens, by ``input.<token>`` and ``output.<token>``."""
+    tied: bool
+    """Whether embedding and head are one matrix."""
 
 
 def _saved(
@@ -269,10 +275,9 @@ def _saved(
 ) -> _Saved:
     """Choose the weights and rows that differ from the base."""
     weights = dict(parts.weights)
-    if _is_tied(parts, model):
+    tied = _is_tied(parts, model)
+    if tied:
         weights.pop(HEAD, None)
-    elif HEAD not in base and EMBEDDING in base:
-        base.stored[HEAD] = base.stored[EMBEDDING]  # the base ties what the model does not
     _check_base(parts, base)
     packed = {f"{name}.weight" for name in quantized_layers(model)}
     weights = {k: v for k, v in weights.items() if not _is_packed(k, packed)}
@@ -286,7 +291,7 @@ def _saved(
         if found.differs(changed):
             out[name] = found.effective()
         rows |= found.rows()
-    return _Saved({disk_name(k): v for k, v in out.items()}, frozenset(out), rows)
+    return _Saved({disk_name(k): v for k, v in out.items()}, frozenset(out), rows, tied)
 
 
 def _is_packed(name: str, packed: Collection[str]) -> bool:

@@ -134,20 +134,37 @@ def attach_lora(model: AVLlavaForConditionalGeneration, lora: Lora, *, merge: bo
     """Put a LoRA onto a model, in place; with ``merge`` add it to the weights.
 
     Raises:
-        CheckpointError: its modules or shapes are not the model's.
+        CheckpointError: its modules or shapes are not the model's, or it cannot be merged.
     """
     _check_fit(model, lora)
+    if merge:
+        check_untied(model, lora)
     config = LoraConfig(target_modules=lora.modules, inference_mode=True, **lora.settings)
     if merge:
         wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
         _fill(wrapped, lora, PEFT_PREFIX)
         return wrapped.merge_and_unload()
     inject_adapter_in_model(config, model)
+    _take_types(model, lora)
     _fill(model, lora, "")
-    _restore_types(model, lora)
     # As transformers marks a model that has an adapter, so that its own methods know.
     model._hf_peft_config_loaded = True
     return model
+
+
+def check_untied(model: AVLlavaForConditionalGeneration, lora: Lora) -> None:
+    """Raise if merging would change a matrix that is used twice.
+
+    Raises:
+        CheckpointError: it would.
+    """
+    tables = ("model.language_model.embed_tokens", "lm_head")
+    tied = [name for name in tables if name in lora.modules]
+    if tied and model.config.tie_word_embeddings:
+        raise CheckpointError(
+            f"{lora.file} changes {tied[0]!r}, but embedding and head are one matrix in this "
+            f"model, so merging would change both. Keep the LoRA apart (merge=False)."
+        )
 
 
 def has_lora(model: Any) -> bool:
@@ -171,8 +188,8 @@ def _fill(model: Any, lora: Lora, prefix: str) -> None:
         )
 
 
-def _restore_types(model: torch.nn.Module, lora: Lora) -> None:
-    """Bring the LoRA's tensors into the types of its file; PEFT makes them float32."""
+def _take_types(model: torch.nn.Module, lora: Lora) -> None:
+    """Bring the LoRA's empty tensors into the types of its file; PEFT makes them the weights'."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             key = name.replace(".default", "")

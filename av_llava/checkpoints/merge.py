@@ -40,7 +40,7 @@ from av_llava.checkpoints.convert import SHARD_BYTES, ConvertOptions, Report, pa
 from av_llava.checkpoints.destination import Weights, make_folder, small_files, target_dtype
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import generation_config, locate
-from av_llava.checkpoints.lora import LoraLayer, layers_of, read_lora
+from av_llava.checkpoints.lora import LoraLayer, check_untied, layers_of, read_lora
 from av_llava.checkpoints.model_state import split
 from av_llava.checkpoints.partial import Opened, load_partial, open_partial
 from av_llava.checkpoints.parts import TOKEN_ROWS, is_partial
@@ -216,7 +216,11 @@ class _Plan:
             expected.pop(HEAD, None)
             if found.pop(HEAD, None) is not None:
                 dropped[TIED] = (HEAD,)
-        layers = layers_of(read_lora(opened.folder), model) if opened.folder.is_adapter else {}
+        layers: dict[str, LoraLayer] = {}
+        if opened.folder.is_adapter:
+            lora = read_lora(opened.folder)
+            check_untied(model, lora)
+            layers = layers_of(lora, model)
         transfers = {
             disk_name(name): _Weight(stored, disk_name(name), **_changes(name, layers))
             for name, stored in found.items()

@@ -14,6 +14,7 @@ from typing import Any
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from av_llava.checkpoints.lora import OTHER_KINDS, PEFT_PREFIX
@@ -68,28 +69,40 @@ def split(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> Split:
     modules = {_plain(name): module for name, module in model.named_modules()}
     parts.layers = {n: m for n, m in modules.items() if isinstance(m, LoraLayer)}
     trained_rows = {n: m for n, m in modules.items() if isinstance(m, TrainableTokensLayer)}
-    if parts.layers or trained_rows:
+    tuned = [m for m in modules.values() if isinstance(m, BaseTunerLayer)]
+    if tuned:
         parts.adapter, parts.config = _only_adapter(configs)
-        _check_apart([*parts.layers.values(), *trained_rows.values()])
+        _check_apart(tuned)
     state = dict(model.state_dict() if state_dict is None else state_dict)
-    for key, value in state.items():
-        name = _plain_key(key, parts.adapter)
-        if name is not None:
-            parts.weights[name] = value
+    parts.weights = _whole(state, parts.adapter)
     for name, module in trained_rows.items():
         table = name.removesuffix(".token_adapter") + ".weight"
-        rows = _trained_rows(module, state, parts.adapter)
+        rows = _trained_rows(name, module, state, parts.adapter)
         parts.rows[table] = (list(module.token_indices[parts.adapter]), rows)
     if parts.layers:
         parts.lora = _lora_state(model, state, parts.adapter)
-    parts.trainable = {
-        name
-        for key, parameter in model.named_parameters()
-        if parameter.requires_grad
-        if (name := _plain_key(key, parts.adapter)) is not None
-    }
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    parts.trainable = {n for k in trainable if (n := _plain_key(k, parts.adapter)) is not None}
     _check_here({**parts.weights, **parts.lora})
     return parts
+
+
+def _whole(state: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:
+    """Whole weights by their plain names."""
+    weights: dict[str, Tensor] = {}
+    keys: dict[str, str] = {}
+    for key, value in state.items():
+        name = _plain_key(key, adapter)
+        if name is None:
+            continue
+        if name in weights and weights[name].data_ptr() != value.data_ptr():
+            raise UsageError(
+                f"PEFT keeps two copies of {name!r} ({keys[name]!r} and {key!r}), because a short "
+                f"name in modules_to_save fits two modules. Name the module with its parent, such "
+                f"as 'model.vision_tower'."
+            )
+        weights[name], keys[name] = value, key
+    return weights
 
 
 def _plain(name: str) -> str:
@@ -145,13 +158,17 @@ def _check_here(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _trained_rows(
-    module: TrainableTokensLayer, state: Mapping[str, Tensor], adapter: str
+    name: str, module: TrainableTokensLayer, state: Mapping[str, Tensor], adapter: str
 ) -> Tensor:
-    """Rows from the state that was handed in, else from the module. [n, D]"""
-    own: Tensor = module.trainable_tokens_delta[adapter]
-    suffix = f".trainable_tokens_delta.{adapter}"
-    found = [v for k, v in state.items() if k.endswith(suffix) and v.shape == own.shape]
-    return found[0] if len(found) == 1 else own.detach()
+    """Rows from the state that was handed in, else from the module. [n, D]
+
+    Of matrices that are tied, PEFT may keep them with the other one.
+    """
+    wanted = f"{name}.trainable_tokens_delta.{adapter}"
+    found = [v for k, v in state.items() if _plain(k) == wanted]
+    if not found:
+        found = [v for k, v in state.items() if k.endswith(f".trainable_tokens_delta.{adapter}")]
+    return found[0] if found else module.trainable_tokens_delta[adapter].detach()
 
 
 def _lora_state(model: Any, state: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
