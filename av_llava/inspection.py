@@ -66,7 +66,9 @@ def light_processor(path: str | Path | None) -> AVLlavaProcessor:
     folder = locate(path)
     config, _ = read_config(folder)
     tokenizer = load_tokenizer(folder, config)
-    complete_tokenizer(tokenizer, config)
+    ids = complete_tokenizer(tokenizer, config)
+    rows = max([config.text_config.vocab_size, *(i + 1 for i in ids)])  # as loading grows them
+    config.text_config.vocab_size = rows
     return AVLlavaProcessor(tokenizer, config)
 
 

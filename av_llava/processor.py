@@ -23,6 +23,7 @@ from av_llava.chat import (
     normalize_messages,
     template_for,
     template_named,
+    wrap_media,
 )
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import UsageError, unknown_name
@@ -33,7 +34,7 @@ from av_llava.media_inputs import (
     check_audio_mode,
 )
 from av_llava.planning import MediaPlanner
-from av_llava.prepared import BatchBuilder, Prepared
+from av_llava.prepared import IM_END, IM_START, BatchBuilder, Prepared
 from av_llava.settings import SamplingSettings
 
 
@@ -244,6 +245,8 @@ class AVLlavaProcessor(ProcessorMixin):
         many = _is_batch(conversation)
         conversations = [normalize_messages(c) for c in (conversation if many else [conversation])]
         if not tokenize:
+            if self.config.sequence.use_image_start_end:
+                conversations = [wrap_media(m, IM_START, IM_END) for m in conversations]
             texts = [self.template.render(m, add_generation_prompt).text for m in conversations]
             return texts if many else texts[0]
         _only_torch(return_tensors)
