@@ -54,8 +54,12 @@ class MediaTokens(nn.Module):
         for vector in self.parameters():
             init.normal_(vector, mean=0.0, std=1 / math.sqrt(self.width))
 
-    def forward(self) -> dict[str, Tensor]:
-        """Return the vectors by the name of their mark."""
+    def forward(self, unused: None = None) -> dict[str, Tensor]:
+        """Return the vectors by the name of their mark.
+
+        Args:
+            unused: wrappers of older PEFT (0.18) pass on one argument at least.
+        """
         marks = {"newline": self.image_newline, "frame_end": self.faster_token}
         return {name: vector for name, vector in marks.items() if vector is not None}
 
@@ -180,7 +184,7 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
         """
         tiles = self.encode_images(_rows(pixel_values))
         parts = tiles.split([plan.n_tiles for plan in plans])
-        newline = self.media_tokens().get("newline")
+        newline = self.media_tokens(None).get("newline")
         merged = [merge_tiles(f, p, newline) for f, p in zip(parts, plans, strict=True)]
         return BaseModelOutputWithPooling(pooler_output=merged)
 
@@ -204,7 +208,7 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
         before = aggregator.settings.stage == "pre"
         encode = self.encode_patches if before else self.encode_images
         videos = _rows(pixel_values_videos).split([plan.frames for plan in plans])
-        marks = self.media_tokens()
+        marks = self.media_tokens(None)
         out = []
         for features, plan in zip(self._encoded(videos, encode), plans, strict=True):
             grids = (f.unflatten(1, _grid(plan, f.shape[1])) for f in features)
@@ -290,7 +294,7 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
 
         So all ranks of a distributed run have one graph.
         """
-        rows = [vector[None][:0] for vector in self.media_tokens().values()]
+        rows = [vector[None][:0] for vector in self.media_tokens(None).values()]
         if self.vision_tower is not None and not features.keys() & {"image", "video"}:
             rows += self._dummy_vision()
         if self.audio_tower is not None and "audio" not in features:
