@@ -10,8 +10,13 @@ import torch
 
 from av_llava.answers import SCHEMA, MediumUse, Usage
 from av_llava.budgeting import check_context, context_length
+from av_llava.checkpoints.base import with_rows
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import locate, memory_keys, read_config
+from av_llava.checkpoints.partial import open_partial
+from av_llava.checkpoints.parts import PartialFolder, is_partial
+from av_llava.checkpoints.parts_info import describe_parts
+from av_llava.checkpoints.public_audio import refuse_public
 from av_llava.checkpoints.quantize import stored_scheme
 from av_llava.checkpoints.tokenizers import load_tokenizer
 from av_llava.checkpoints.tokens import complete_tokenizer
@@ -64,6 +69,9 @@ def light_processor(path: str | Path | None) -> AVLlavaProcessor:
         tokenizer = tiny_tokenizer()
         return AVLlavaProcessor(tokenizer, tiny_config(tokenizer))
     folder = locate(path)
+    if is_partial(folder):
+        opened = open_partial(path)
+        return AVLlavaProcessor(opened.tokenizer, with_rows(opened.config, opened.rows))
     config, _ = read_config(folder)
     tokenizer = load_tokenizer(folder, config)
     ids = complete_tokenizer(tokenizer, config)
@@ -115,6 +123,11 @@ def describe(path: str | Path | None) -> dict[str, Any]:
         config = light_processor(None).config
         return {"name": "av-llava tiny (random weights)", **_parts(config, None)}
     folder = locate(path)
+    if is_partial(folder):
+        parts, whole = describe_parts(PartialFolder(folder.path))
+        rest = {} if whole is None else _parts(whole, None)
+        return {"name": str(path), "folder": str(folder.path), **parts, **rest}
+    refuse_public(folder)
     config, tower = read_config(folder)
     found: dict[str, Any] = {"name": str(path), "folder": str(folder.path)}
     found["layout"] = folder.config.get("model_type")

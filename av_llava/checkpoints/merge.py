@@ -165,28 +165,34 @@ class _Weight(Transfer):
 
     def pieces(self, tensor: Tensor) -> Iterator[Tensor]:
         """What is written, from what was read."""
-        if self.rows is not None:
-            tensor = self._table(tensor)
+        rows = [tensor] if self.rows is None else self._rows(tensor)
         if self.layer is None:
-            yield tensor
-        elif self.is_bias:
-            yield self.layer.merged_bias(tensor)
+            yield from rows
+            return
+        whole = tensor if self.rows is None else torch.cat(list(rows))
+        if self.is_bias:
+            yield self.layer.merged_bias(whole)
         else:
-            yield from self.layer.merged(tensor)
+            yield from self.layer.merged(whole)
 
-    def _table(self, table: Tensor) -> Tensor:
-        """The matrix with its new rows. [rows, D]"""
+    def _rows(self, table: Tensor) -> Iterator[Tensor]:
+        """The matrix with its new rows, without a copy of it. Each [n, D]"""
         assert self.rows is not None
         before = len(table)
         new = sorted({*self.fresh, *range(before, self.rows)})
-        if new or self.tokens:
-            table = torch.cat([table, table.new_empty(self.rows - before, *table.shape[1:])])
+        placed = dict(self.tokens)
         if new:
             used = rows_in_use(new, before)
-            table[new] = mean_row(table[:used], used)
-        for i, row in self.tokens.items():
-            table[i] = row.to(table)
-        return table
+            mean = mean_row(table[:used], used)
+            placed = {**dict.fromkeys(new, mean), **placed}
+        at = 0
+        for i in sorted(placed):
+            if at < i:
+                yield table[at:i]
+            yield placed[i][None].to(table)
+            at = i + 1
+        if at < before:
+            yield table[at:]
 
 
 @dataclass

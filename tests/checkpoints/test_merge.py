@@ -24,6 +24,7 @@ from av_llava.cli import main as cli
 from av_llava.errors import CheckpointError
 
 from .converting import assert_same_tensors, fingerprint, leftovers, tensors
+from .folders import read_weights, write_weights
 from .trained import PROJECTORS, answers, base_folder, hearing, lora, new_ids
 
 KINDS = {
@@ -93,6 +94,20 @@ def test_small_shards_and_other_types(base, tmp_path):
     for name, value in tensors(tmp_path / "one").items():
         assert torch.equal(made[name], value.bfloat16()), name  # rounded once
     assert load_checkpoint(tmp_path / "half", device="cpu").model.dtype == torch.bfloat16
+
+
+def test_a_base_in_pickled_shards(base, tmp_path):
+    adapter = adapter_on(base, tmp_path / "adapter")
+    merge_adapter(adapter, None, tmp_path / "one", verify=False)
+    write_weights(base, read_weights(base), kind="bin", shards=3)
+    before = fingerprint(base)
+    merge_adapter(adapter, None, tmp_path / "two")
+    assert_same_tensors(tensors(tmp_path / "one"), tensors(tmp_path / "two"))
+    assert fingerprint(base) == before
+    again = av_llava.load(adapter, device="cpu", merge=True)
+    assert torch.equal(
+        answers(again.model), answers(load_checkpoint(tmp_path / "two", device="cpu").model)
+    )
 
 
 def test_an_oracle_of_the_sum(tmp_path):
