@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
+    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
     TextIteratorStreamer,
 )
 
@@ -22,6 +24,8 @@ Run = Callable[..., Tensor]
 """Generates with the given hooks; returns new ids [n]."""
 Finish = Callable[[Tensor, bool], Answer]
 """Makes the answer from new ids and whether it was interrupted."""
+
+_KEPT_CRITERIA = 8
 
 
 class AnswerStream:
@@ -113,6 +117,39 @@ class _Cancelled(StoppingCriteria):
         """Say for each row whether to stop. [K]"""
         done = self.stopped = self.event.is_set()
         return torch.full((input_ids.shape[0],), done, device=input_ids.device)
+
+
+class StopTexts:
+    """Criteria that end an answer at a text, made once for each set of texts.
+
+    Making one looks at every token of the vocabulary, which takes a second for 150,000 of them;
+    ``generate(stop_strings=...)`` would do so for every answer.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], tuple[StopStringCriteria, Any]] = {}
+
+    def criteria(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], end_ids: Collection[int]
+    ) -> list[StopStringCriteria]:
+        """The criteria for some texts; one that is an end token needs none.
+
+        Args:
+            tokenizer: of the model.
+            stops: the texts.
+            end_ids: tokens at which ``generate`` ends by itself.
+        """
+        known = tokenizer.get_added_vocab()
+        wanted = tuple(dict.fromkeys(s for s in stops if known.get(s) not in end_ids))
+        if not wanted:
+            return []
+        key = (wanted, id(tokenizer), len(tokenizer))
+        if key not in self._made:
+            made = StopStringCriteria(tokenizer, list(wanted))
+            self._made[key] = made, tokenizer  # which keeps the id from being given again
+            if len(self._made) > _KEPT_CRITERIA:
+                del self._made[next(iter(self._made))]
+        return [self._made[key][0]]
 
 
 class Finite(LogitsProcessor):

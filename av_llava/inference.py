@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from av_llava.answers import Answer, MediumUse, Usage
 from av_llava.budgeting import check_context
@@ -27,7 +27,7 @@ from av_llava.checkpoints.partial import load_any
 from av_llava.checkpoints.target import resolve_device, resolve_dtype
 from av_llava.demo_model import build_tiny
 from av_llava.errors import UsageError, unknown_name
-from av_llava.generation import AnswerStream, Finite
+from av_llava.generation import AnswerStream, Finite, StopTexts
 from av_llava.inspection import RequestPlan, describe, plan
 from av_llava.modeling import AVLlavaForConditionalGeneration
 from av_llava.options import Options, as_media, conversation, with_system
@@ -65,6 +65,7 @@ class AVLlava:
     ) -> None:
         self.model, self.processor = model, processor
         self.name, self.is_random = name, is_random
+        self._stop_texts = StopTexts()
 
     def __repr__(self) -> str:
         return f"AVLlava({self.name!r}, {self.device}, {self.dtype})"
@@ -208,8 +209,16 @@ class AVLlava:
         """Texts that end an answer."""
         return [s for s in (self.processor.template.stop, *options.stop) if s]
 
-    def generate(self, options: Options, room: int, **inputs: Any) -> Tensor:
+    def generate(
+        self,
+        options: Options,
+        room: int,
+        stopping_criteria: Sequence[StoppingCriteria] = (),
+        **inputs: Any,
+    ) -> Tensor:
         """Run ``generate`` with the options; returns what it returns."""
+        tokenizer = self.processor.tokenizer
+        stops = self._stop_texts.criteria(tokenizer, self.stops(options), _end_ids(self.model))
         sampled = options.temperature > 0
         drawing: dict[str, Any] = (
             {"temperature": options.temperature, "top_p": options.top_p} if sampled else {}
@@ -220,9 +229,8 @@ class AVLlava:
             return self.model.generate(
                 max_new_tokens=room,
                 do_sample=sampled,
-                stop_strings=self.stops(options),
-                tokenizer=self.processor.tokenizer,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
+                stopping_criteria=StoppingCriteriaList([*stopping_criteria, *stops]),
+                pad_token_id=tokenizer.pad_token_id,
                 logits_processor=LogitsProcessorList([Finite(self.dtype)]),
                 **{k: v for k, v in drawing.items() if v is not None},
                 **inputs,

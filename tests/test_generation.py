@@ -5,7 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from av_llava.generation import without_stops
+from av_llava import generation
+from av_llava.demo_model import tiny_tokenizer
+from av_llava.generation import StopTexts, without_stops
 
 
 @given(
@@ -24,3 +26,34 @@ def test_pieces_join_to_the_text_before_the_first_stop(text, cuts, stops):
 
 def test_nothing_is_held_back_without_stops():
     assert list(without_stops(iter(["a", "b"]), [])) == ["a", "b"]
+
+
+def test_criteria_are_made_once_for_each_set_of_stop_texts(monkeypatch):
+    made = []
+
+    class Counted(generation.StopStringCriteria):
+        def __init__(self, tokenizer, stop_strings):
+            made.append(stop_strings)
+            super().__init__(tokenizer, stop_strings)
+
+    monkeypatch.setattr(generation, "StopStringCriteria", Counted)
+    tokenizer, texts = tiny_tokenizer(), StopTexts()
+    first = texts.criteria(tokenizer, ["ball", "bell", "ball"], ())
+    assert texts.criteria(tokenizer, ["ball", "bell"], ()) == first and len(first) == 1
+    assert made == [["ball", "bell"]]
+    tokenizer.add_tokens(["bellow"])
+    assert texts.criteria(tokenizer, ["ball", "bell"], ()) != first and len(made) == 2
+    for i in range(20):
+        texts.criteria(tokenizer, [str(i)], ())
+    assert len(made) == 22 and len(texts._made) == generation._KEPT_CRITERIA
+
+
+def test_a_stop_text_that_is_an_end_token_needs_no_criterion():
+    tokenizer, texts = tiny_tokenizer(), StopTexts()
+    end = tokenizer.eos_token_id
+    assert texts.criteria(tokenizer, ["<|im_end|>"], {end}) == []
+    (other,) = texts.criteria(tokenizer, ["<|im_end|>", "ball"], {end})
+    assert other.stop_strings == ("ball",)
+    (both,) = texts.criteria(tokenizer, ["<|im_end|>"], ())
+    ids = tokenizer("a red ball<|im_end|>", return_tensors="pt").input_ids
+    assert both(ids, None).tolist() == [True] and both(ids[:, :-1], None).tolist() == [False]
