@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from av_llava.chat import MediaPart
+from av_llava.chat.parts import AUDIO_MODES
 from av_llava.errors import MediaError, UsageError
 from av_llava.images import (
     PixelSpec,
@@ -52,8 +53,6 @@ from av_llava.sound_inputs import (
     seconds_needed,
 )
 
-AUDIO_MODES = ("auto", "on", "off")
-
 
 @dataclass(frozen=True)
 class MediaOptions:
@@ -70,10 +69,17 @@ class MediaOptions:
     """What a file may cost."""
 
     def for_part(self, part: MediaPart) -> MediaOptions:
-        """These options with what one content part says for itself."""
+        """These options with what one content part says for itself.
+
+        A sound file or mode of the part goes before the request's, except that "off" leaves out
+        the sound of every video.
+        """
         changes = {k: getattr(part, k) for k in ("frames", "fps") if getattr(part, k) is not None}
         window = {k: getattr(part, k) for k in ("start_s", "end_s") if getattr(part, k) is not None}
-        return replace(self, sampling=self.sampling.replace(**changes), **window)
+        audio = self.audio
+        if part.audio is not None and not (isinstance(audio, str) and audio == "off"):
+            audio = part.audio
+        return replace(self, sampling=self.sampling.replace(**changes), audio=audio, **window)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from clips import make_clip
 from golden_data import golden
 from PIL import Image
 from tiny import tiny
 
 import av_llava
-from av_llava.errors import UsageError
+from av_llava.chat import MediaPart, Message, TextPart
+from av_llava.errors import MediaError, UsageError
 
 torch.set_num_threads(1)
 FRAMES = np.random.default_rng(0).integers(0, 255, (5, 40, 60, 3), dtype=np.uint8)
@@ -99,3 +101,29 @@ def test_llavas_users_find_their_functions():
         do_sample=False,
     )
     assert new.shape == (1, 3)
+
+
+def test_a_part_says_which_sound_goes_with_its_video(made, tmp_path):
+    _, processor = made
+    clip = str(make_clip(tmp_path / "clip.mp4", seconds=2))
+    sound = str(make_clip(tmp_path / "sound.wav", seconds=1, video=False))
+    mute = str(make_clip(tmp_path / "mute.mp4", seconds=2, audio=None))
+
+    def used(video, own, asked="auto"):
+        part = MediaPart("video", video, audio=own)
+        options = processor.media_options(frames=2, audio=asked)
+        talk = [Message("user", (part, TextPart("\nWhat?")))]
+        prepared = [processor.prepare([talk], options, decode=d) for d in (True, False)]
+        assert prepared[0].media.splice.lengths == prepared[1].media.splice.lengths
+        return prepared[0].used[0][0]
+
+    assert used(clip, None).audio_s == used(clip, "on").audio_s == pytest.approx(2, abs=0.1)
+    assert used(clip, "off").audio_s == 0
+    assert used(mute, sound).audio_s == pytest.approx(1, abs=0.1)
+    assert used(mute, sound).audio_source == sound
+    assert used(clip, None, "off").audio_s == used(mute, sound, "off").audio_s == 0
+    assert used(mute, "auto", "on").audio_s == 0
+    with pytest.raises(MediaError, match="no sound track"):
+        used(mute, "on")
+    with pytest.raises(MediaError, match=r"there-is-none\.wav"):
+        used(mute, str(tmp_path / "there-is-none.wav"))

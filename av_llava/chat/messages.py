@@ -240,7 +240,7 @@ def _fill(messages: list[Message], media: list[MediaPart]) -> list[Message]:
 
 def _given_options(slot: MediaPart) -> dict[str, Any]:
     """Return the options that a content part without a source carries."""
-    fields = dict.fromkeys(SAMPLING_KEYS.values())
+    fields = {*SAMPLING_KEYS.values(), "audio"}
     return {f: v for f, v in vars(slot).items() if f in fields and v is not None}
 
 

@@ -38,6 +38,12 @@ SAMPLING_KEYS: dict[str, str] = {
 }
 """Spellings of the options that a content part may carry → field of :class:`MediaPart`."""
 
+AUDIO_KEYS: tuple[str, ...] = ("audio", "use_audio", "use_audio_in_video", "audio_from_video")
+"""Spellings of what a video part says about its sound: a mode, a sound file, true or false."""
+
+AUDIO_MODES: tuple[str, ...] = ("auto", "on", "off")
+"""The sound of a video: used if there is some, insisted on, left out."""
+
 
 @dataclass(frozen=True)
 class TextPart:
@@ -62,6 +68,8 @@ class MediaPart:
     """Frames per second to sample; None leaves the processor's setting."""
     frames: int | None = None
     """Upper bound of the number of frames; None leaves the processor's setting."""
+    audio: str | None = None
+    """The sound of a video: auto, on, off, or a sound file; None leaves the request's setting."""
 
     def __post_init__(self) -> None:
         if self.kind not in MEDIA_TOKENS:
@@ -72,6 +80,8 @@ class MediaPart:
         _check_number("number of frames of a medium", self.frames, 1)
         if self.end_s is not None and self.end_s <= (self.start_s or 0.0):
             raise UsageError(f"A {self.kind} cannot end at {self.end_s} s, not after its start.")
+        if self.audio is not None:
+            _check_audio(self.kind, self.audio)
 
     @property
     def token(self) -> str:
@@ -122,7 +132,7 @@ def _text_part(part: dict[str, Any]) -> TextPart:
 def _media_part(kind: str, part: dict[str, Any]) -> MediaPart:
     """Read Hugging Face's ``{"type": "video", "video" | "url" | "path" | "base64": …}``."""
     sources = (kind, "url", "path", "base64")
-    _only_keys(f"{kind} part", part, (*sources, *SAMPLING_KEYS))
+    _only_keys(f"{kind} part", part, (*sources, *_option_keys(kind)))
     found = [k for k in sources if k in part]
     if len(found) > 1:
         raise UsageError(f"A {kind} part has {' and '.join(found)}; give one of them.")
@@ -138,7 +148,7 @@ def _url_part(kind: str) -> Callable[[dict[str, Any]], MediaPart]:
 
     def read(part: dict[str, Any]) -> MediaPart:
         # "detail" only chooses among the resolutions of OpenAI's own models.
-        _only_keys(f"{key} part", part, (key, "detail", *SAMPLING_KEYS))
+        _only_keys(f"{key} part", part, (key, "detail", *_option_keys(kind)))
         value = part.get(key)
         if isinstance(value, Mapping):
             _only_keys(key, value, ("url", "detail"))
@@ -191,15 +201,40 @@ def _only_keys(what: str, data: Mapping[str, Any], known: Iterable[str]) -> None
             raise unknown_name(f"key of the {what}", key, known)
 
 
+def _option_keys(kind: str) -> tuple[str, ...]:
+    """Keys of the options that a part of some kind may carry."""
+    return (*SAMPLING_KEYS, *(AUDIO_KEYS if kind == "video" else ()))
+
+
 def _options(kind: str, part: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the sampling options of a content part."""
+    """Read the sampling options of a content part, and what a video says about its sound."""
     options: dict[str, Any] = {}
     for key, field in SAMPLING_KEYS.items():
         if key in part:
             if field in options:
                 raise UsageError(f"A {kind} part gives {field} twice, the second time as {key!r}.")
             options[field] = part[key]
+    for key in AUDIO_KEYS if kind == "video" else ():
+        if key in part:
+            if "audio" in options:
+                raise UsageError(f"A {kind} part gives audio twice, the second time as {key!r}.")
+            options["audio"] = read_audio_mode(part[key])
     return options
+
+
+def read_audio_mode(value: Any) -> Any:
+    """Read what is said about a video's sound: true is used if there is some, false is not."""
+    return {True: "auto", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _check_audio(kind: str, audio: Any) -> None:
+    """Raise unless ``audio`` may be said of a medium of this kind."""
+    if kind != "video":
+        raise UsageError(f"Only a video has sound of its own; a part of kind {kind!r} has none.")
+    if not isinstance(audio, str) or not audio.strip():
+        raise UsageError(
+            f"The audio of a video must be {', '.join(AUDIO_MODES)} or a sound file, not {audio!r}."
+        )
 
 
 def _check_number(name: str, value: Any, low: float) -> None:

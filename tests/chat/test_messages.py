@@ -203,3 +203,11 @@ def test_captions_keep_only_media_of_questions():
         [{"from": "human", "value": "Describe <image> now."}, {"from": "gpt", "value": "A dog."}]
     )
     assert [m.text for m in media_only(messages)] == ["<image>", "A dog."]
+
+
+def test_a_slot_keeps_what_it_says_about_sound():
+    slot = {"type": "video", "use_audio": False}
+    (turn,) = normalize_messages(
+        [{"role": "user", "content": [slot, "What?"]}], [{"type": "video", "path": "a.mp4"}]
+    )
+    assert turn.media == (MediaPart("video", "a.mp4", audio="off"),)

@@ -101,6 +101,39 @@ def test_refusal_names_what_is_wrong(part, says):
         read_part(part)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "audio"),
+    [
+        ("audio", "on", "on"),
+        ("audio", "voice.wav", "voice.wav"),
+        ("use_audio", True, "auto"),
+        ("use_audio_in_video", False, "off"),
+        ("audio_from_video", True, "auto"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["video", "video_url"])
+def test_a_video_says_what_to_do_with_its_sound(kind, key, value, audio):
+    assert read_part({"type": kind, kind: "a.mp4", key: value}) == MediaPart(
+        "video", "a.mp4", audio=audio
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ({"type": "image", "path": "a.png", "use_audio": True}, "Unknown key of the image part"),
+        ({"type": "video", "path": "v", "audio": 3}, "not 3"),
+        ({"type": "video", "path": "v", "audio": " "}, "not ' '"),
+        ({"type": "video", "path": "v", "audio": "on", "use_audio": True}, "audio twice"),
+    ],
+)
+def test_sound_that_cannot_be(part, says):
+    with pytest.raises(UsageError, match=says):
+        read_part(part)
+    with pytest.raises(UsageError, match="Only a video has sound"):
+        MediaPart("image", "a.png", audio="on")
+
+
 def test_separate_medium_needs_a_source():
     assert read_medium({"type": "video", "path": "a.mp4"}) == MediaPart("video", "a.mp4")
     for wrong in ({"type": "video"}, {"type": "text", "text": "x"}):
