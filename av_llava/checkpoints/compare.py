@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import load_checkpoint, read_config
+from av_llava.checkpoints.quiet import quiet_loading
 from av_llava.checkpoints.shards import TensorReader
 from av_llava.checkpoints.source import Source
 from av_llava.checkpoints.staging import size
@@ -197,9 +198,10 @@ def load_causal_lm(folder: Path) -> Any:
 
 def _strictly(kind: Any, folder: Path) -> Any:
     try:
-        model, report = kind.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-        )
+        with quiet_loading():
+            model, report = kind.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"transformers cannot load what was made: {error}") from error
     wrong = {k: sorted(map(str, v)) for k, v in report.items() if v}

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
 
 from av_llava.budgeting import frames_that_fit
 from av_llava.checkpoints import hf_format
@@ -35,6 +34,7 @@ from av_llava.checkpoints.quantize import (
     settle,
     stored_scheme,
 )
+from av_llava.checkpoints.quiet import quiet_loading
 from av_llava.checkpoints.target import (
     check_device_map,
     check_tied_offload,
@@ -183,7 +183,7 @@ def materialise(
     # For weights on disk that cannot be read from the checkpoint's own files, such as .bin.
     offload = TemporaryDirectory(prefix="av-llava-") if device_map is not None else None
     try:
-        with _quiet_loading():
+        with quiet_loading():
             model, report = AVLlavaForConditionalGeneration.from_pretrained(
                 folder.path,
                 config=config,
@@ -245,20 +245,6 @@ def blamed_on(
         changed = f" (with overwrite_config of {', '.join(overwrite)})" if overwrite else ""
         why = str(error) if isinstance(error, AVLlavaError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{folder.path / name}{changed}: {sentence(why)}") from error
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Hold back transformers' report of missing keys: a tower beside the checkpoint is in it.
-
-    What is really missing becomes an error of ours.
-    """
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(before)
 
 
 def read_config(
