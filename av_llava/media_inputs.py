@@ -67,6 +67,10 @@ class MediaOptions:
     """The sound of videos: auto (if there is one), on (must be there), off, or a sound file."""
     limits: Limits = DEFAULT_LIMITS
     """What a file may cost."""
+    decoder_threads: int | None = None
+    """Threads that decode frames; None is all processors."""
+    isolate: bool | None = None
+    """Decode in a process that can be killed; None does so for addresses."""
 
     def for_part(self, part: MediaPart) -> MediaOptions:
         """These options with what one content part says for itself.
@@ -115,6 +119,8 @@ class LoadedVideo:
     n_source_frames: int
     frames: Tensor | None
     """uint8 [T, 3, H, W]; None when only planned."""
+    span_s: tuple[float, float] = (0.0, 0.0)
+    """The window that was asked for, cut to the file."""
     backend: str | None = None
     sound: LoadedSound | None = None
     no_sound: str | None = None
@@ -183,6 +189,8 @@ def load_video(
             end_s=options.end_s,
             resize=frame_resizer(spec, vision.video_preprocess),
             limits=options.limits,
+            isolate=options.isolate,
+            threads=options.decoder_threads,
         )
     else:
         batch = _planned_frames(source, options)
@@ -192,6 +200,7 @@ def load_video(
         pts_s=tuple(float(t) for t in batch.pts_s),
         duration_s=batch.duration_s,
         n_source_frames=batch.n_source_frames,
+        span_s=batch.span_s,
         frames=frames_to_pixels(batch.frames) if decode else None,
         backend=batch.backend,
         sound=sound,
@@ -276,6 +285,7 @@ def _sound_of(
         strict=strict,
         decode=decode,
         limits=options.limits,
+        isolate=options.isolate,
     )
     return load_sound(source if own else options.audio, request)
 

@@ -26,6 +26,7 @@ from av_llava.chat import (
     ChatTemplate,
     MediaPart,
     Message,
+    Rendered,
     TextPart,
     tokenize_supervised,
     tokenize_with_media,
@@ -115,9 +116,20 @@ class BatchBuilder:
         self.texts: list[str] = []
 
     def add(
-        self, messages: Sequence[Message], add_generation_prompt: bool, supervised: bool
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        supervised: bool,
+        train_turns: Sequence[bool] | None = None,
     ) -> None:
-        """Open the media of one conversation, render it, and cut it at its media."""
+        """Open the media of one conversation, render it, and cut it at its media.
+
+        Args:
+            messages: the conversation; the source of a medium may be what :meth:`open` gave.
+            add_generation_prompt: end where the answer begins.
+            supervised: make labels from the assistant's turns.
+            train_turns: for each turn of the assistant whether it is learned; None: all are.
+        """
         processor = self.processor
         parts = [p for m in messages for p in m.media]
         loaded = self._load(parts)
@@ -127,6 +139,7 @@ class BatchBuilder:
             messages = wrap_media(messages, IM_START, IM_END)
         rendered = processor.template.render(messages, add_generation_prompt)
         if supervised:
+            rendered = _only_turns(rendered, train_turns)
             ids, labels = tokenize_supervised(rendered, processor.tokenizer)
         else:
             ids = tokenize_with_media(rendered.text, processor.tokenizer, add_bos=rendered.add_bos)
@@ -190,10 +203,13 @@ class BatchBuilder:
 
     def _load(self, parts: Sequence[MediaPart]) -> list[Loaded]:
         n_images = sum(p.kind == "image" for p in parts)
-        return [self._open(p, n_images) for p in parts]
+        return [self.open(p, n_images) for p in parts]
 
-    def _open(self, part: MediaPart, n_images: int) -> Loaded:
+    def open(self, part: MediaPart, n_images: int) -> Loaded:
+        """Open one medium; if it is an image, it is one of its prompt's ``n_images``."""
         config, decode = self.processor.config, self.decode
+        if isinstance(part.source, Loaded):
+            return part.source  # opened ahead
         if part.source is None:
             raise UsageError(
                 f"The prompt has the placeholder {part.token}, but no {part.kind} was given for it."
@@ -224,6 +240,7 @@ class BatchBuilder:
             max_seconds=seconds_needed(config.audio),
             decode=decode,
             limits=options.limits,
+            isolate=options.isolate,
         )
         sound, _ = load_sound(part.source, request)
         assert sound is not None  # a strict request: no sound is an error
@@ -354,6 +371,19 @@ class BatchBuilder:
                 kind: [e.item for e in items] for kind, items in self.extras.items()
             }
         return tensors
+
+
+def _only_turns(rendered: Rendered, train_turns: Sequence[bool] | None) -> Rendered:
+    """Leave only the supervised spans of the turns that are to be learned."""
+    if train_turns is None:
+        return rendered
+    if len(train_turns) != len(rendered.spans):
+        raise UsageError(
+            f"train_turns says of {len(train_turns)} turns of the assistant whether they are "
+            f"learned, but the conversation has {len(rendered.spans)}."
+        )
+    chosen = tuple(s for s, kept in zip(rendered.spans, train_turns, strict=True) if kept)
+    return replace(rendered, spans=chosen)
 
 
 def _other_source(item: LoadedVideo) -> str | None:

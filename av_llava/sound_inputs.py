@@ -49,6 +49,8 @@ class SoundRequest(NamedTuple):
     decode: bool = True
     """False reads only headers."""
     limits: Limits = DEFAULT_LIMITS
+    isolate: bool | None = None
+    """Decode in a process that can be killed; None does so for addresses."""
 
 
 def seconds_needed(ears: AudioSettings) -> float | None:
@@ -109,6 +111,7 @@ def load_sound(source: Any, request: SoundRequest) -> tuple[LoadedSound | None, 
         max_seconds=request.max_seconds,
         strict=request.strict,
         limits=request.limits,
+        isolate=request.isolate,
     )
     if clip.status == "none":
         return None, NOT_THEN
