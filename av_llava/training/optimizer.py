@@ -1,0 +1,48 @@
+"""The optimiser's groups: each part with its own learning rate and weight decay.
+
+Contract: every parameter that requires gradients is in exactly one group. Biases, norms, learned
+vectors and token rows never decay. Which optimiser it is, is up to ``TrainingArguments.optim``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from av_llava.training.parts import PartsTable, part_of
+
+_NEVER_DECAYS = ("media_tokens", "audio_token_rows")
+
+
+def parameter_groups(model: nn.Module, table: PartsTable) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser, named after their parts."""
+    found: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = part_of(name)
+            decays = parameter.ndim > 1 and part not in _NEVER_DECAYS
+            found.setdefault((part, decays), []).append(parameter)
+    groups = []
+    for (part, decays), parameters in found.items():
+        row = table.of(part)
+        groups.append(
+            {
+                "params": parameters,
+                "lr": row.lr,
+                "weight_decay": row.weight_decay if decays else 0.0,
+                "name": part if decays else f"{part} (no decay)",
+            }
+        )
+    return groups
+
+
+def build_optimizer(
+    model: nn.Module, table: PartsTable, args: TrainingArguments
+) -> torch.optim.Optimizer:
+    """Make the optimiser of the training arguments over the parts' groups."""
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+    options = {k: v for k, v in options.items() if k not in ("params", "model", "optimizer_dict")}
+    return kind(parameter_groups(model, table), **options)
