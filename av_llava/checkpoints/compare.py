@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import load_checkpoint, read_config
+from av_llava.checkpoints.needed import without_senses
 from av_llava.checkpoints.quiet import quiet_loading
 from av_llava.checkpoints.shards import TensorReader
 from av_llava.checkpoints.source import Source
@@ -228,9 +229,7 @@ def _without_senses(
     opened: Source, rounded_to: torch.dtype | None
 ) -> AVLlavaForConditionalGeneration:
     """Our model with the language model of a folder only, in float32."""
-    config = opened.light_config()
-    config.vision_config = config.audio_config = config.au_token_ids = None
-    config.extra_modalities = ()
+    config = without_senses(opened.light_config())
     model = AVLlavaForConditionalGeneration(config).float().eval()
     own = model.state_dict()
     stored = {memory_name(name): tensor for name, tensor in opened.tensors.items()}

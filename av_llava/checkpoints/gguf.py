@@ -15,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from av_llava.chat import JinjaTemplate, Template, template_for
 from av_llava.checkpoints.convert import ConvertOptions, Report
@@ -127,13 +126,8 @@ def _model_of(opened: Source, *, text_only: bool) -> CompleteSource:
     """What there is and what the model needs."""
     if not text_only:
         return opened.complete()
-    config, text = opened.light_config(), opened.text_config()
-    architecture_of(text.to_dict())
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(text)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    own = {name: t for name, t in opened.tensors.items() if not MULTIMODAL.match(name)}
-    return CompleteSource(opened, config, own, expected)
+    architecture_of(opened.text_config().to_dict())
+    return opened.language_model()
 
 
 def _name_of(source: str | Path, folder: Path) -> str:

@@ -7,7 +7,6 @@ used; otherwise :class:`CheckpointError` lists what is wrong. Originals are only
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import weakref
@@ -25,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from av_llava.budgeting import frames_that_fit
 from av_llava.checkpoints import hf_format
 from av_llava.checkpoints.folder import CheckpointFolder, read_json, sentence, unreadable
+from av_llava.checkpoints.needed import empty_model
 from av_llava.checkpoints.overwrite import overwritten
 from av_llava.checkpoints.quantize import (
     WeightsPlan,
@@ -146,8 +146,7 @@ def load_checkpoint(
     config, tower = read_config(folder, overwrite_config)
     with blamed_on(folder, overwrite_config):
         stored = stored_dtype(config.dtype)
-        with torch.device("meta"):  # costs no memory, and shows whether such a model can be made
-            AVLlavaForConditionalGeneration(copy.deepcopy(config))
+        empty_model(config)  # shows whether such a model can be made
     tokenizer = load_tokenizer(folder, config)
     tokens = complete_tokenizer(tokenizer, config)
     generation = generation_config(folder, config)

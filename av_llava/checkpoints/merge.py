@@ -8,7 +8,6 @@ every written weight with PEFT's own sum.
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -42,6 +41,7 @@ from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import generation_config, locate
 from av_llava.checkpoints.lora import LoraLayer, check_untied, layers_of, read_lora
 from av_llava.checkpoints.model_state import split
+from av_llava.checkpoints.needed import empty_model, shapes_of
 from av_llava.checkpoints.partial import Opened, load_partial, open_partial
 from av_llava.checkpoints.parts import TOKEN_ROWS, is_partial
 from av_llava.checkpoints.quantize import stored_scheme
@@ -210,13 +210,12 @@ class _Plan:
     def of(cls, opened: Opened, scratch: Path) -> _Plan:
         """Find all tensors; no weights are read but those of the folder with the parts."""
         config = with_rows(opened.config, opened.rows)
-        with torch.device("meta"):
-            model = AVLlavaForConditionalGeneration(copy.deepcopy(config))
+        model = empty_model(config)
         found = dict(named_tensors(opened.base))
         for prefix, places in _towers(opened).items():
             found |= _stored(tower_tensors(prefix, places, model), scratch)
         found |= {memory_name(key): stored for key, stored in opened.folder.stored.items()}
-        expected = {name: tuple(v.shape) for name, v in model.state_dict().items()}
+        expected = shapes_of(model)
         dropped: dict[str, tuple[str, ...]] = {}
         if config.tie_word_embeddings:
             expected.pop(HEAD, None)

@@ -8,7 +8,6 @@ before a LoRA is attached. What LLaVA splits over ``mm_projector``, ``non_lora_t
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from av_llava.checkpoints.load import (
     read_config,
 )
 from av_llava.checkpoints.lora import attach_lora, read_lora
+from av_llava.checkpoints.needed import empty_model, shapes_of
 from av_llava.checkpoints.parts import (
     RECORD,
     TOKEN_ROWS,
@@ -162,15 +162,14 @@ def _check_shapes(folder: PartialFolder, config: AVLlavaConfig, tensors: Mapping
 
     So a wrong base is known before its weights are read.
     """
-    with blamed_on(folder, None), torch.device("meta"):
-        model = AVLlavaForConditionalGeneration(copy.deepcopy(config))
+    with blamed_on(folder, None):
+        needed = shapes_of(empty_model(config))
     held = {memory_name(key) for key in folder.stored}
     wrong = [
-        f"{tensors[name].name}: the base has {tensors[name].shape}, the model needs "
-        f"{tuple(value.shape)}"
-        for name, value in model.state_dict().items()
+        f"{tensors[name].name}: the base has {tensors[name].shape}, the model needs {shape}"
+        for name, shape in needed.items()
         if name in tensors and name not in held and tensors[name].dtype.is_floating_point
-        if tensors[name].shape != tuple(value.shape)
+        if tensors[name].shape != shape
     ]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""

@@ -7,7 +7,6 @@ LLaVA classes.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -15,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from av_llava.checkpoints import hf_format
 from av_llava.checkpoints.convert import Report
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import locate, read_config
+from av_llava.checkpoints.needed import empty_model, shapes_of, without_senses
 from av_llava.checkpoints.quantize import stored_scheme
 from av_llava.checkpoints.shards import StoredTensor, stored_tensors
 from av_llava.checkpoints.tokenizers import load_tokenizer
@@ -100,15 +99,24 @@ class Source:
             CheckpointError: the tower is not at hand or does not fit.
         """
         config, tower = read_config(self.folder)
-        if not self.is_flat:
-            tower = None
-        with torch.device("meta"):
-            model = AVLlavaForConditionalGeneration(copy.deepcopy(config))
-        expected = {disk_name(k): tuple(v.shape) for k, v in model.state_dict().items()}
+        model = empty_model(config)
         tensors = dict(self.tensors)
-        if tower is not None and not any(k.startswith(TOWER_PREFIX) for k in tensors):
+        if self.is_flat and tower is not None and not self.holds_vision_tower:
             tensors |= _beside(tower, model)
-        return CompleteSource(self, config, tensors, expected)
+        return CompleteSource(self, config, tensors, _expected(model))
+
+    def language_model(self) -> CompleteSource:
+        """The language model alone, for which no tower need be at hand."""
+        config = self.light_config()
+        expected = _expected(empty_model(without_senses(config)))
+        own = {name: t for name, t in self.tensors.items() if not MULTIMODAL.match(name)}
+        expected = {name: shape for name, shape in expected.items() if not MULTIMODAL.match(name)}
+        return CompleteSource(self, config, own, expected)
+
+    @property
+    def holds_vision_tower(self) -> bool:
+        """Whether the vision tower's weights are among the tensors."""
+        return any(name.startswith(TOWER_PREFIX) for name in self.tensors)
 
     def tokenizer(self, config: AVLlavaConfig) -> PreTrainedTokenizerBase:
         """The folder's tokenizer."""
@@ -142,6 +150,11 @@ class CompleteSource:
         """What a saved model holds, by LLaVA's names and in order."""
         tied = self.config.tie_word_embeddings
         return [(n, t) for n, t in self.tensors.items() if not (tied and n == HEAD)]
+
+
+def _expected(model: AVLlavaForConditionalGeneration) -> dict[str, tuple[int, ...]]:
+    """What a model has, by LLaVA's names."""
+    return {disk_name(name): shape for name, shape in shapes_of(model).items()}
 
 
 def open_source(path: str | Path) -> Source:
