@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from clips import make_clip
 from tiny import tiny
 
+from av_llava.chat import MediaPart
 from av_llava.errors import BudgetError, UsageError
 from av_llava.inference import AVLlava
+from av_llava.media_inputs import load_video
 
 torch.set_num_threads(1)
 RNG = np.random.default_rng(3)
@@ -29,6 +34,27 @@ def test_answers_equal_full_computation(kind, placement):
     batch = session.ask_many(QUESTIONS, max_new_tokens=8)
     assert [a.text for a in single] == [a.text for a in full] == [a.text for a in batch]
     assert [a.usage for a in single] == [a.usage for a in full] == [a.usage for a in batch]
+
+
+def test_media_that_were_opened_ahead_give_the_same_answers(tmp_path):
+    model, processor = tiny("llama", placement="interleave")
+    m = AVLlava(model, processor)
+    clip = str(make_clip(tmp_path / "clip.mp4", seconds=2))
+    ears = processor.config.audio
+    options = replace(processor.media_options(frames=5), isolate=True)
+    opened = load_video(
+        MediaPart("video", clip),
+        processor.pixels,
+        processor.config.vision,
+        options,
+        ears=ears,
+        decode=True,
+    )
+    assert opened.span_s == (0.0, pytest.approx(2.0))
+    ahead = m.ask(MediaPart("video", opened), QUESTIONS[1], max_new_tokens=8)
+    alone = m.ask(clip, QUESTIONS[1], frames=5, max_new_tokens=8)
+    assert ahead.text == alone.text
+    assert ahead.media == alone.media and ahead.media[0].audio_tokens > 0
 
 
 def test_logits_from_the_cache_equal_full_computation():

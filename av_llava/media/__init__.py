@@ -5,7 +5,7 @@ Everything here is numpy and PyAV (decord, Pillow); nothing imports torch.
 
 from av_llava.media.audio import read_audio
 from av_llava.media.image import read_image
-from av_llava.media.limits import DEFAULT_LIMITS, Limits
+from av_llava.media.limits import DEFAULT_LIMITS, Limits, TookTooLongError
 from av_llava.media.probe import probe
 from av_llava.media.source import LocalFile, Source, fetch, is_remote, local_file
 from av_llava.media.table import FrameTable
@@ -36,6 +36,7 @@ __all__ = [
     "MediaInfo",
     "Resize",
     "Source",
+    "TookTooLongError",
     "VIDEO_BACKENDS",
     "VideoStreamInfo",
     "fetch",

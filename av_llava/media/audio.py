@@ -95,6 +95,7 @@ def read_audio(
                 max_seconds,
                 limits,
                 timeout_s=limits.max_decode_s + _WORKER_GRACE_S,
+                memory_bytes=limits.max_worker_bytes,
                 what=file.name,
             )
         else:

@@ -38,6 +38,8 @@ class Limits(Settings):
     """Seconds that one read may take."""
     max_stall_s: float = 60.0
     """Seconds that a decoder may spend without giving a sign of life."""
+    max_worker_bytes: int = 16 * GIB
+    """Memory that reading one medium may take where it runs in a worker process."""
 
     def __post_init__(self) -> None:
         for name, value in self.to_dict().items():
@@ -54,6 +56,10 @@ class Limits(Settings):
 
 
 DEFAULT_LIMITS = Limits()
+
+
+class TookTooLongError(MediaError):
+    """Reading did not end within the time that the limits give."""
 
 
 class Deadline:
@@ -82,7 +88,7 @@ class Deadline:
         """Give a sign of life; raise MediaError once the time is up."""
         self._alive = now = time.monotonic()
         if now > self._end:
-            raise MediaError(
+            raise TookTooLongError(
                 f"{self.name}: decoding took longer than {self.seconds:g} s (max_decode_s). "
                 f"Choose a shorter window or fewer frames, or raise the limit."
             )

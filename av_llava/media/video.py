@@ -286,6 +286,7 @@ def _in_worker(
         limits,
         threads,
         timeout_s=limits.max_decode_s + _WORKER_GRACE_S,
+        memory_bytes=limits.max_worker_bytes,
         what=file.name,
     )
 

@@ -13,8 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from av_llava.errors import MediaError
-from av_llava.media.limits import Deadline
+from av_llava.media.limits import Deadline, TookTooLongError
 
 T = TypeVar("T")
 
@@ -23,7 +22,7 @@ _LOOK_S = 0.2
 _AHEAD = 2
 
 
-class DecoderHangsError(MediaError):
+class DecoderHangsError(TookTooLongError):
     """The decoder has not returned for longer than ``max_stall_s``."""
 
 

@@ -21,17 +21,24 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
 from av_llava.errors import AVLlavaError, MediaError, UsageError
+from av_llava.media.limits import TookTooLongError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _MAX_IDLE = 4
+_SIZES = "/proc/self/statm"
 _COUNT, _LENGTH = struct.Struct("<I"), struct.Struct("<Q")
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -42,7 +49,12 @@ _pipes: tuple[IO[bytes], IO[bytes]]
 
 
 def run_in_worker(
-    fn: Callable[..., T], *args: Any, timeout_s: float, what: str | None = None, **kwargs: Any
+    fn: Callable[..., T],
+    *args: Any,
+    timeout_s: float,
+    memory_bytes: int | None = None,
+    what: str | None = None,
+    **kwargs: Any,
 ) -> T:
     """Call ``fn(*args, **kwargs)`` in a worker process and return its result.
 
@@ -51,10 +63,13 @@ def run_in_worker(
         args: a function of one argument that cannot or should not run in the worker is wrapped
             in `CallHere`: the worker calls it, it runs here.
         timeout_s: seconds after which the worker is killed.
+        memory_bytes: that the call may take beyond what the worker holds when idle (not on
+            Windows).
         what: the file's name for error messages; the first argument by default.
 
     Raises:
-        MediaError: the time ran out or the worker crashed.
+        TookTooLongError: the time ran out.
+        MediaError: the memory ran out or the worker crashed.
         UsageError: the call cannot be sent to another process.
         Exception: what ``fn`` raised; errors of this package keep their type.
     """
@@ -70,7 +85,7 @@ def run_in_worker(
     worker = _take()
     done = False
     try:
-        answer = worker.call((fn, args, kwargs), functions, timeout_s, name)
+        answer = worker.call((fn, args, kwargs, memory_bytes), functions, timeout_s, name)
         done = True
     finally:
         _give_back(worker) if done else worker.kill()
@@ -156,7 +171,7 @@ class _Worker:
                 _, index, value = answer
                 _send(self.process.stdin, functions[index](value))
         except (EOFError, BrokenPipeError) as error:
-            raise MediaError(self._ending(name, late.is_set(), timeout_s)) from error
+            raise self._ending(name, late.is_set(), timeout_s) from error
         finally:
             timer.cancel()
         return answer
@@ -175,20 +190,20 @@ class _Worker:
                     pipe.close()
         self.process.wait()
 
-    def _ending(self, name: str, late: bool, timeout_s: float) -> str:
+    def _ending(self, name: str, late: bool, timeout_s: float) -> MediaError:
         if late:
-            return (
+            return TookTooLongError(
                 f"{name}: decoding did not finish within {timeout_s:g} s; its worker was stopped. "
                 f"The file may be damaged, or the limit too low."
             )
         code = self.process.wait()
         with contextlib.suppress(ValueError):
             if code < 0:
-                return (
+                return MediaError(
                     f"{name}: the decoder crashed ({signal.Signals(-code).name}). "
                     f"The file is damaged; converting it may help."
                 )
-        return f"{name}: the decoding worker ended with exit code {code}."
+        return MediaError(f"{name}: the decoding worker ended with exit code {code}.")
 
 
 _idle: list[_Worker] = []
@@ -246,21 +261,42 @@ def serve() -> None:
         os.dup2(nothing.fileno(), 0)
     while True:
         try:
-            fn, args, kwargs = _receive(calls)
+            fn, args, kwargs, memory_bytes = _receive(calls)
         except EOFError:
             return
         except (ImportError, AttributeError, pickle.UnpicklingError) as error:
             _send(answers, _described(error))
             continue
         try:
-            answer: tuple[Any, ...] = ("ok", fn(*args, **kwargs))
+            with _at_most(memory_bytes):
+                answer: tuple[Any, ...] = ("ok", fn(*args, **kwargs))
         except BaseException as error:
             answer = _described(error)
         _send(answers, answer)
 
 
+@contextlib.contextmanager
+def _at_most(memory_bytes: int | None) -> Iterator[None]:
+    """Let this process take so much more memory; a decoder that wants more gets a MemoryError."""
+    if memory_bytes is None or resource is None or not os.path.exists(_SIZES):
+        yield
+        return
+    with open(_SIZES) as file:
+        held = int(file.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = held + memory_bytes
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def _described(error: BaseException) -> tuple[str, str, str, str, str]:
-    kind = type(error)
+    # numpy and FFmpeg have kinds of MemoryError of their own.
+    kind = MemoryError if isinstance(error, MemoryError) else type(error)
     return "error", kind.__module__, kind.__qualname__, str(error), traceback.format_exc()
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from av_llava.errors import MediaError, UsageError
+from av_llava.media import TookTooLongError
 from av_llava.media.worker import CallHere, can_be_sent, close_workers, in_worker, run_in_worker
 
 
@@ -36,7 +37,7 @@ def test_arrays_come_back_writable() -> None:
 
 def test_a_hang_is_killed_and_named() -> None:
     start = time.monotonic()
-    with pytest.raises(MediaError, match=r"film\.mp4: decoding did not finish within 0\.5 s"):
+    with pytest.raises(TookTooLongError, match=r"film\.mp4: decoding did not finish within 0\.5 s"):
         run_in_worker(media_jobs.sleep, 60, timeout_s=0.5, what="film.mp4")
     assert time.monotonic() - start < 20
     assert run_in_worker(media_jobs.add, 1, timeout_s=30) == 1  # the next call has a new worker
@@ -48,6 +49,22 @@ def test_a_crash_is_an_error_not_the_end() -> None:
     with pytest.raises(MediaError, match="exit code 7"):
         run_in_worker(media_jobs.leave, 7, timeout_s=30)
     assert run_in_worker(media_jobs.add, 1, timeout_s=30) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no such limit here")
+def test_memory_beyond_the_limit_is_an_error_of_that_call() -> None:
+    def read(memory_bytes: int | None) -> np.ndarray:
+        return run_in_worker(
+            media_jobs.big_array,
+            100_000_000,
+            timeout_s=30,
+            memory_bytes=memory_bytes,
+            what="film.mp4",
+        )
+
+    with pytest.raises(MediaError, match=r"film\.mp4: decoding ran out of memory"):
+        read(50_000_000)
+    assert len(read(300_000_000)) == len(read(None)) == 100_000_000  # the limit was the call's
 
 
 def test_errors_keep_their_type() -> None:
