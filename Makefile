@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench gpu-check fmt test-oldest clean
+.PHONY: help setup demo test check bench gpu-check fmt test-oldest test-lmms clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -56,5 +56,17 @@ test-oldest: .venv-oldest/.stamp  ## Run the tests with the oldest allowed depen
 	.venv-oldest/bin/python $(PIP) install -e ".[dev]" -c constraints-oldest.txt
 	@touch $@
 
+test-lmms: .venv-lmms/.stamp  ## Run the real lmms-eval with this model (1.5 GB more).
+	.venv-lmms/bin/python -m pytest tests/lmms
+
+# lmms-eval pins an older PyAV, which converts colours wrongly; ours is installed over it.
+.venv-lmms/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lmms
+	grep -E "^(torch|torchaudio|torchvision|transformers|tokenizers|huggingface_hub|accelerate|peft|numpy|pillow)==" \
+	  constraints.txt > .venv-lmms/constraints.txt
+	.venv-lmms/bin/python $(PIP) install lmms-eval==0.7.3 pytest hypothesis -c .venv-lmms/constraints.txt
+	.venv-lmms/bin/python $(PIP) install -e . -c .venv-lmms/constraints.txt
+	@touch $@
+
 clean:  ## Remove the virtual environments and caches.
-	rm -rf $(VENV) .venv-oldest .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-oldest .venv-lmms .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
