@@ -1,0 +1,220 @@
+"""Media that cannot be read in training: what takes their place, and how much is tolerated.
+
+Contract: nothing is silent. A sample whose media cannot be read is replaced by one of the same
+modality and about the same length, chosen by a hash of (seed, epoch, sample): the same on every
+run and rank. Each replacement is counted, each bad file is written once to a quarantine file
+(JSON lines), and training ends with an error when their share is too large.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from av_llava.errors import DataError
+from av_llava.settings import Settings, check_choice, check_range
+from av_llava.training.choices import hashed
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+POLICIES = ("replace", "error")
+# Replacements come from so many samples of about the same length.
+_NEIGHBOURS = 256
+
+
+@dataclass(frozen=True)
+class BadMediaSettings(Settings):
+    """What happens to samples whose media cannot be read."""
+
+    policy: str = "replace"
+    """replace: another sample of the same modality takes the place; error: stop."""
+    max_fraction: float = 0.02
+    """Share of replaced samples above which training stops."""
+    grace: int = 10
+    """So many replaced samples are tolerated whatever their share."""
+    max_tries: int = 8
+    """Replacements tried for one sample before training stops."""
+    quarantine: str | None = None
+    """File that lists bad media; None writes none."""
+
+    def __post_init__(self) -> None:
+        check_choice("bad_media.policy", self.policy, POLICIES)
+        check_range("bad_media.max_fraction", self.max_fraction, 0, 1)
+        check_range("bad_media.grace", self.grace, 0)
+        check_range("bad_media.max_tries", self.max_tries, 1)
+
+
+@dataclass(frozen=True)
+class BadMedium:
+    """One medium that could not be read, and what took its sample's place."""
+
+    file: str
+    """Path or address."""
+    reason: str
+    """The error."""
+    sample: str
+    """Id of the sample."""
+    source: str
+    """Where the sample stands: file and line."""
+    index: int
+    """Number of the sample."""
+    epoch: int
+    """When it was read."""
+    replacement: str = ""
+    """Id of the sample that took the place."""
+
+
+class Replacements:
+    """Chooses what takes the place of a sample.
+
+    Args:
+        modality: code of each sample's modality. uint8 [n]
+        lengths: tokens of each sample. [n]
+        usable: False for samples that are known to be unreadable. bool [n]
+        seed: of the run.
+    """
+
+    def __init__(
+        self, modality: np.ndarray, lengths: np.ndarray, usable: np.ndarray, seed: int
+    ) -> None:
+        self.seed = seed
+        self._modality, self._lengths = modality, lengths
+        order = np.lexsort((lengths, modality))
+        self._order = order[usable[order]].astype(np.int64)
+        self._codes = modality[self._order]
+        self._sorted = lengths[self._order]
+
+    def candidates(self, index: int) -> np.ndarray:
+        """Samples of the same modality, not longer if there are enough of them. int64 [k]"""
+        first = np.searchsorted(self._codes, self._modality[index], side="left")
+        stop = np.searchsorted(self._codes, self._modality[index], side="right")
+        end = first + np.searchsorted(self._sorted[first:stop], self._lengths[index], side="right")
+        low = max(first, end - _NEIGHBOURS)
+        high = min(stop, max(end, low + min(_NEIGHBOURS, 16)))
+        found = self._order[low:high]
+        return found[found != index]
+
+    def choose(self, index: int, epoch: int, attempt: int) -> int | None:
+        """The sample that takes the place of another one, or None when there is none left.
+
+        Args:
+            index: the sample that cannot be read.
+            epoch: of the run.
+            attempt: 0, then 1 if that one cannot be read either, and so on.
+        """
+        found = self.candidates(index)
+        if attempt >= len(found):
+            return None
+        keys = hashed(self.seed, epoch, found, f"replacement of {index}")
+        return int(found[np.argsort(keys, kind="stable")[attempt]])
+
+
+class Quarantine:
+    """A file of bad media, each listed once; several processes may write to it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._known: set[str] = set()
+        self._read_to = 0
+
+    def add(self, media: Sequence[BadMedium]) -> int:
+        """List what is not listed yet; return how many that are."""
+        if not media:
+            return 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file, _locked(file):
+            self._catch_up(file)
+            new = {m.file: m for m in reversed(media) if m.file not in self._known}
+            lines = [json.dumps(asdict(m), ensure_ascii=False) + "\n" for m in new.values()]
+            file.seek(0, os.SEEK_END)
+            file.write("".join(lines).encode())
+            file.flush()
+            self._known.update(new)
+            self._read_to = file.tell()
+        return len(new)
+
+    def _catch_up(self, file: IO[bytes]) -> None:
+        """Read what other processes, or an earlier run, have written."""
+        file.seek(self._read_to)
+        for line in file:
+            try:
+                self._known.add(json.loads(line)["file"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{self.path} is not a list of bad media (JSON lines with 'file'): "
+                    f"{line[:80]!r}. Move it away, or name another file."
+                ) from error
+
+
+class BadMediaWatch:
+    """Counts bad media in the process that trains, lists them, and stops when they are many."""
+
+    def __init__(self, settings: BadMediaSettings) -> None:
+        self.settings = settings
+        self.quarantine = None if settings.quarantine is None else Quarantine(settings.quarantine)
+        self.n_samples = 0
+        self.n_bad = 0
+        self.last: BadMedium | None = None
+
+    @property
+    def fraction(self) -> float:
+        """Share of samples that were replaced."""
+        return self.n_bad / max(1, self.n_samples)
+
+    def update(self, n_samples: int, bad: Sequence[BadMedium]) -> None:
+        """Take note of one batch.
+
+        Args:
+            n_samples: samples of the batch.
+            bad: media that could not be read for it.
+
+        Raises:
+            DataError: too large a share of the samples seen so far was replaced.
+        """
+        self.n_samples += n_samples
+        self.n_bad += len({m.index for m in bad})
+        if not bad:
+            return
+        self.last = bad[-1]
+        for medium in bad:
+            logger.warning(
+                "Sample %s: %s Sample %s takes its place.",
+                medium.sample, medium.reason, medium.replacement,
+            )  # fmt: skip
+        if self.quarantine is not None:
+            self.quarantine.add(bad)
+        settings = self.settings
+        if self.n_bad > settings.grace and self.fraction > settings.max_fraction:
+            listed = f" They are listed in {settings.quarantine}." if settings.quarantine else ""
+            raise DataError(
+                f"{self.n_bad} of {self.n_samples} samples could not be read "
+                f"({self.fraction:.1%}, more than bad_media.max_fraction = "
+                f"{settings.max_fraction:.1%}); the last one: {self.last.reason}{listed} Repair or "
+                f"remove these files, or allow a larger share."
+            )
+
+
+@contextmanager
+def _locked(file: IO[bytes]) -> Iterator[None]:
+    """Hold a file for this process alone."""
+    if fcntl is None:
+        yield
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)

@@ -1,0 +1,363 @@
+"""Samples as batches: media read, prompts rendered, labels made, all in the worker process.
+
+Contract: ``__getitems__`` makes one batch that is ready for ``model.forward`` (use
+``collate_fn=as_is``). What it gives is a function of (seed, epoch, indices) and the files. Media
+are decoded in a process that can be killed, under the time limit of ``options.limits``. An answer
+is never cut: a sample longer than ``max_length`` is an error, or loses frames. Nothing grows from
+batch to batch, and everything pickles, so that workers may be spawned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from av_llava.chat import MediaPart, Message
+from av_llava.errors import AVLlavaError, DataError, MediaError
+from av_llava.media_inputs import MediaOptions
+from av_llava.planning import MediaPlanner
+from av_llava.prepared import BatchBuilder, Prepared
+from av_llava.processor import AVLlavaProcessor
+from av_llava.settings import check_choice
+from av_llava.sound_inputs import describe_source
+from av_llava.training.bad_media import BadMediaSettings, BadMedium, Replacements
+from av_llava.training.batching import PlannedBatch
+from av_llava.training.collate import (
+    BatchInfo,
+    collate,
+    counts_of,
+    pad_token_id,
+    resident_bytes,
+)
+from av_llava.training.samples import Sample
+
+if TYPE_CHECKING:
+    from av_llava.training.index import LengthIndex
+    from av_llava.training.store import SampleStore
+
+TOO_LONG = ("error", "trim")
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A sample with its media opened."""
+
+    index: int
+    sample: Sample
+    messages: tuple[Message, ...]
+
+
+class _UnreadableError(MediaError):
+    """One medium of a sample cannot be read."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(reason)
+        self.file, self.reason = file, reason
+
+
+class TrainingDataset(Dataset[dict[str, Any]]):
+    """Batches of samples.
+
+    Args:
+        store: the samples.
+        processor: of the model.
+        options: how media are read; ``limits`` hold for each medium.
+        index: lengths of the samples, made with the same processor and options.
+        bad_media: what happens to media that cannot be read.
+        seed: of the run.
+        epoch: for indices that do not carry one (see :class:`PlannedBatch`).
+        max_length: longest sample in tokens; None is no limit.
+        too_long: longer samples are an ``error`` at once, or ``trim``: their videos get fewer
+            frames until they fit. Text is never cut.
+
+    Raises:
+        DataError: index and store differ, samples are too long, or too many are unreadable.
+    """
+
+    def __init__(
+        self,
+        store: SampleStore,
+        processor: AVLlavaProcessor,
+        options: MediaOptions,
+        index: LengthIndex,
+        bad_media: BadMediaSettings | None = None,
+        seed: int = 0,
+        epoch: int = 0,
+        *,
+        max_length: int | None = None,
+        too_long: str = "error",
+    ) -> None:
+        check_choice("answer to samples that are too long", too_long, TOO_LONG)
+        self.store, self.processor, self.index = store, processor, index
+        self.options = replace(
+            options,
+            isolate=True if options.isolate is None else options.isolate,
+            decoder_threads=options.decoder_threads or 1,
+        )
+        self.bad_media = bad_media or BadMediaSettings()
+        self.seed, self.epoch = seed, epoch
+        self.max_length, self.too_long = max_length, too_long
+        self.planner = MediaPlanner(processor.config)
+        self._unreadable: dict[int, tuple[str, str]] = {}
+        self._check_index()
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A batch of one sample."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        """The batch of these samples."""
+        started = time.perf_counter()
+        epoch = indices.epoch if isinstance(indices, PlannedBatch) else self.epoch
+        builder = BatchBuilder(self.processor, self.planner, self.options, decode=True)
+        bad: list[BadMedium] = []
+        chosen = [self._choose(builder, int(i), epoch, bad) for i in indices]
+        for one in chosen:
+            with _named(one.sample):
+                builder.add(one.messages, False, True, one.sample.train_turns)
+        prepared = builder.finish("right", True)
+        self._check_lengths(prepared, chosen)
+        info = self._info(prepared, chosen, epoch, tuple(bad), time.perf_counter() - started)
+        pad = pad_token_id(self.processor.tokenizer)
+        return collate(prepared, self.processor.config, pad, info)
+
+    def lengths(self, epoch: int = 0) -> np.ndarray:
+        """Tokens of every sample in an epoch, for the sampler; an upper bound. int64 [n]
+
+        A sample that is known to be unreadable has the length of what takes its place.
+        """
+        lengths = self.index.lengths.astype(np.int64)
+        for i in self.index.errors:
+            other = self.replacements.choose(i, epoch, 0)
+            if other is None:
+                raise self._nothing_left(i)
+            lengths[i] = lengths[other]
+        return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
+
+    @cached_property
+    def replacements(self) -> Replacements:
+        """Chooses what takes the place of samples that cannot be read."""
+        usable = np.ones(len(self.index.lengths), bool)
+        usable[list(self.index.errors)] = False
+        return Replacements(self.index.modality, self.index.lengths, usable, self.seed)
+
+    # ---------------------------------------------------------------- reading
+
+    def _choose(
+        self, builder: BatchBuilder, index: int, epoch: int, bad: list[BadMedium]
+    ) -> _Chosen:
+        """Open a sample, or another one in its place; note what could not be read."""
+        failed: list[BadMedium] = []
+        for attempt in range(self.bad_media.max_tries + 1):
+            number = index if not attempt else self.replacements.choose(index, epoch, attempt - 1)
+            if number is None:
+                break
+            sample = self.store[number]
+            try:
+                messages = self._opened(builder, number, sample, epoch)
+            except _UnreadableError as error:
+                self._unreadable[number] = error.file, error.reason
+                own = (error.file, error.reason, sample.id, sample.source, number, epoch)
+                failed.append(BadMedium(*own))
+                if self.bad_media.policy == "error":
+                    break
+                continue
+            bad += [replace(b, replacement=sample.id) for b in failed]
+            return _Chosen(number, sample, messages)
+        if self.bad_media.policy == "error":
+            raise DataError(
+                f"{failed[0].source}: sample {failed[0].sample!r} cannot be read: "
+                f"{failed[0].reason} Repair the file, or let another sample take its place "
+                f"(bad_media.policy: replace)."
+            )
+        raise self._nothing_left(index, failed)
+
+    def _opened(
+        self, builder: BatchBuilder, number: int, sample: Sample, epoch: int
+    ) -> tuple[Message, ...]:
+        """The sample's messages with their media opened.
+
+        Raises:
+            _UnreadableError: a medium cannot be read, now or earlier.
+        """
+        if number in self._unreadable:
+            raise _UnreadableError(*self._unreadable[number])
+        if number in self.index.errors:
+            raise _UnreadableError(", ".join(sample.paths), self.index.errors[number])
+        with _named(sample):
+            messages = self._fitted(number, sample)
+            n_images = sum(p.kind == "image" for m in messages for p in m.media)
+            return tuple(self._opened_turn(builder, m, n_images) for m in messages)
+
+    def _opened_turn(self, builder: BatchBuilder, message: Message, n_images: int) -> Message:
+        parts: list[Any] = []
+        for part in message.parts:
+            if isinstance(part, MediaPart):
+                try:
+                    part = replace(part, source=builder.open(part, n_images))
+                except MediaError as error:
+                    raise _UnreadableError(describe_source(part.source), str(error)) from error
+            parts.append(part)
+        return replace(message, parts=tuple(parts))
+
+    def _fitted(self, number: int, sample: Sample) -> tuple[Message, ...]:
+        """The messages, with fewer frames where they would be too long."""
+        limit = self.max_length
+        if limit is None or self.index.lengths[number] <= limit:
+            return sample.messages
+        return with_fewer_frames(self.processor, self.options, sample, limit)
+
+    # ---------------------------------------------------------------- checks and account
+
+    def _check_index(self) -> None:
+        n, lengths = len(self.store), self.index.lengths
+        if len(lengths) != n:
+            raise DataError(
+                f"The index holds {len(lengths)} samples, but the data {n}. Make the index again "
+                f"(av-llava data index)."
+            )
+        settings, n_bad = self.bad_media, len(self.index.errors)
+        if n_bad and (settings.policy == "error" or n_bad > settings.grace):
+            share = 0.0 if settings.policy == "error" else settings.max_fraction
+            if n_bad / n > share:
+                first = min(self.index.errors)
+                raise DataError(
+                    f"{n_bad} of {n} samples cannot be read ({n_bad / n:.1%}; bad_media allows "
+                    f"{share:.1%}). The first one, {self.store[first].source}: "
+                    f"{self.index.errors[first]} See all with: av-llava data validate."
+                )
+        if self.max_length is None or self.too_long == "trim":
+            return
+        over = np.flatnonzero(lengths > self.max_length)
+        if len(over):
+            longest = int(lengths.argmax())
+            raise DataError(
+                f"{len(over)} of {n} samples are longer than max_length = {self.max_length:,}: "
+                f"the longest, {self.store[longest].source}, has {lengths[longest]:,} tokens. "
+                f"Raise max_length, use fewer frames, or let long videos lose frames "
+                f"(too_long: trim)."
+            )
+
+    def _check_lengths(self, prepared: Prepared, chosen: Sequence[_Chosen]) -> None:
+        """Refuse a sample that came out longer than its header promised, and than allowed."""
+        if self.max_length is None:
+            return
+        for one, length in zip(chosen, prepared.media.splice.lengths, strict=True):
+            if length > self.max_length:
+                raise DataError(
+                    f"{one.sample.source}: sample {one.sample.id!r} has {length:,} tokens, more "
+                    f"than max_length = {self.max_length:,}; its index says "
+                    f"{self.index.lengths[one.index]:,}. Make the index again."
+                )
+
+    def _nothing_left(self, index: int, failed: Sequence[BadMedium] = ()) -> DataError:
+        sample = self.store[index]
+        reasons = " ".join(f"{b.sample}: {b.reason}" for b in failed[-2:])
+        return DataError(
+            f"{sample.source}: sample {sample.id!r} cannot be read, and neither can the "
+            f"{max(0, len(failed) - 1)} others of its kind that were tried. {reasons} Look at "
+            f"the data with: av-llava data validate."
+        )
+
+    def _info(
+        self,
+        prepared: Prepared,
+        chosen: Sequence[_Chosen],
+        epoch: int,
+        bad: tuple[BadMedium, ...],
+        seconds: float,
+    ) -> BatchInfo:
+        supervised, tokens = counts_of(prepared)
+        shape = prepared.media.splice.shape
+        return BatchInfo(
+            ids=tuple(c.sample.id for c in chosen),
+            sources=tuple(c.sample.source for c in chosen),
+            indices=tuple(c.index for c in chosen),
+            epoch=epoch,
+            lengths=prepared.media.splice.lengths,
+            padded=shape[0] * shape[1],
+            supervised=supervised,
+            tokens=tokens,
+            weights=tuple(c.sample.weight for c in chosen),
+            bad=bad,
+            warnings=tuple(
+                f"{use.source}: {note}"
+                for uses in prepared.used
+                for use in uses
+                for note in use.warnings
+            ),
+            seconds=seconds,
+            rss_bytes=resident_bytes(),
+        )
+
+
+def with_fewer_frames(
+    processor: AVLlavaProcessor, options: MediaOptions, sample: Sample, limit: int
+) -> tuple[Message, ...]:
+    """The messages with the most frames for each video with which the sample fits.
+
+    Args:
+        processor, options: say how long a sample is; only headers are read.
+        sample: too long.
+        limit: tokens that it may have.
+
+    Raises:
+        DataError: it does not fit with one frame for each video, either.
+    """
+
+    planner = MediaPlanner(processor.config)
+
+    def length(frames: int) -> int:
+        builder = BatchBuilder(processor, planner, options, decode=False)
+        builder.add([_with_frames(m, frames) for m in sample.messages], False, False)
+        return builder.finish("right", False).media.splice.lengths[0]
+
+    most = max(
+        (p.frames or options.sampling.frames for p in sample.media if p.kind == "video"), default=0
+    )
+    fits, too_many = 0, most + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if length(middle) <= limit:
+            fits = middle
+        else:
+            too_many = middle
+    if fits == 0:
+        what = "with one frame for each video" if most else "and has no video to take frames from"
+        raise DataError(
+            f"Its {length(1):,} tokens ({what}) are more than max_length = {limit:,}, and text is "
+            f"never cut. Raise max_length, or leave the sample out."
+        )
+    return tuple(_with_frames(m, fits) for m in sample.messages)
+
+
+def _with_frames(message: Message, frames: int) -> Message:
+    """The turn with at most so many frames for each video."""
+    parts = tuple(
+        replace(p, frames=min(p.frames or frames, frames))
+        if isinstance(p, MediaPart) and p.kind == "video"
+        else p
+        for p in message.parts
+    )
+    return replace(message, parts=parts)
+
+
+@contextmanager
+def _named(sample: Sample) -> Iterator[None]:
+    """Name the sample in errors that are not about reading a medium."""
+    try:
+        yield
+    except _UnreadableError:
+        raise
+    except AVLlavaError as error:
+        raise DataError(f"{sample.source}: sample {sample.id!r}: {error}") from error
