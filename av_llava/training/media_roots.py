@@ -1,0 +1,58 @@
+"""Where the media of a data set lie: relative names become paths.
+
+Contract: addresses, absolute paths and data that is no path stay as they are. Nothing is opened;
+only names without an extension (VideoInstruct's) are looked for on the disk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from av_llava.chat import MediaPart
+from av_llava.media import is_remote
+from av_llava.training.samples import sound_file
+
+EXTENSIONS: tuple[str, ...] = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".m4v", ".flv")
+"""Tried in this order behind a video's name that has none; open to extension."""
+
+
+@dataclass(frozen=True)
+class MediaRoots:
+    """Folders that relative names are relative to."""
+
+    root: Path = Path()
+    image_root: Path | None = None
+    video_root: Path | None = None
+    audio_root: Path | None = None
+
+    def folder(self, kind: str) -> Path:
+        """The folder of one kind of medium."""
+        own = {"image": self.image_root, "video": self.video_root, "audio": self.audio_root}
+        return own.get(kind) or self.root
+
+    def path(self, kind: str, source: Any) -> Any:
+        """A source with its folder in front, if it is a relative name."""
+        if not isinstance(source, str) or is_remote(source):
+            return source
+        return str(self.folder(kind) / Path(source).expanduser())
+
+    def part(self, part: MediaPart) -> MediaPart:
+        """A medium with its files found, the sound file of a video included."""
+        sound = sound_file(part)
+        audio = part.audio if sound is None else self.path("audio", sound)
+        return replace(part, source=self.path(part.kind, part.source), audio=audio)
+
+    def find_video(self, name: str) -> str:
+        """The path of a video whose extension may be missing; as given if none is there."""
+        return _find(str(self.folder("video") / name), tuple(EXTENSIONS))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _find(path: str, extensions: Sequence[str]) -> str:
+    if Path(path).exists():
+        return path
+    return next((path + e for e in extensions if Path(path + e).exists()), path)
