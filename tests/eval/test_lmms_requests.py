@@ -54,7 +54,7 @@ def test_questions_about_one_video_share_a_key_and_others_do_not():
     [
         user(text("What is it?"), VIDEO),
         user(text("No media.")),
-        user(VIDEO, text("a")) + [{"role": "assistant", "content": "b"}] + user(text("c")),
+        [*user(VIDEO, text("a")), {"role": "assistant", "content": "b"}, *user(text("c"))],
         user({"type": "image", "url": Image.new("RGB", (4, 4))}, text("What is it?")),
     ],
     ids=["media last", "text alone", "several turns", "a picture in memory"],
