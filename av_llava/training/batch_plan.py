@@ -45,7 +45,7 @@ class EpochPlan:
     steps: np.ndarray
     """int64 [n_steps, world_size], indices of batches."""
     n_repeated: int = 0
-    """Samples that are used twice, because there are fewer samples than ranks."""
+    """Samples that are used twice, because they are too few for as many batches on each rank."""
 
     def batch(self, step: int, rank: int) -> list[int]:
         """The samples of one rank in one micro-step."""

@@ -92,8 +92,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.n_batches = self._count(epochs)
         if self.plan.n_repeated:
             logger.warning(
-                "There are fewer samples (%d) than ranks (%d): %d samples are used twice in each "
-                "epoch.",
+                "%d samples are too few for equally many batches on %d ranks: %d of them are used "
+                "twice in each epoch.",
                 len(self.plan.lengths), world_size, self.plan.n_repeated,
             )  # fmt: skip
 

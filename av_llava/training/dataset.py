@@ -317,14 +317,16 @@ def with_fewer_frames(
 
     planner = MediaPlanner(processor.config)
 
-    def length(frames: int) -> int:
+    def planned(messages: Sequence[Message]) -> BatchBuilder:
         builder = BatchBuilder(processor, planner, options, decode=False)
-        builder.add([_with_frames(m, frames) for m in sample.messages], False, False)
+        builder.add(messages, False, False)
+        return builder
+
+    def length(frames: int) -> int:
+        builder = planned([_with_frames(m, frames) for m in sample.messages])
         return builder.finish("right", False).media.splice.lengths[0]
 
-    most = max(
-        (p.frames or options.sampling.frames for p in sample.media if p.kind == "video"), default=0
-    )
+    most = max((len(v.pts_s) for v in planned(sample.messages).videos), default=0)
     fits, too_many = 0, most + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
