@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHAPES = ("circle", "square", "triangle", "cross", "star")
+from av_llava.errors import UsageError
+
+SHAPES = ("circle", "square", "triangle", "star")
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
-    "orange": (250, 145, 20),
     "yellow": (245, 230, 60),
     "green": (40, 185, 65),
     "blue": (50, 90, 240),
@@ -27,6 +28,9 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
 }
 SOUNDS = ("tone", "chirp", "noise", "bell", "beeps")
 NUMBERS = ("one", "two", "three", "four")
+
+BEEP_S = 0.13
+"""How long one beep lasts."""
 
 Point = tuple[float, float]
 
@@ -70,6 +74,32 @@ class Thing:
     appears_s: float = 0.0
     turn: Turn | None = None
 
+    def place_at(self, time_s: float) -> Point:
+        """Return where its centre is, as fractions of the side."""
+        motion = self.motion
+        if motion is None:
+            return self.place
+        way = (time_s - motion.start_s) / (motion.end_s - motion.start_s)
+        way = min(1.0, max(0.0, way))
+        (x0, y0), (x1, y1) = motion.start, motion.end
+        return x0 + way * (x1 - x0), y0 + way * (y1 - y0)
+
+    def colour_at(self, time_s: float) -> str:
+        """Return its colour then."""
+        return self.turn.colour if self.turn and time_s >= self.turn.time_s else self.colour
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A thing as it looks at one moment."""
+
+    shape: str
+    colour: str
+    place: Point
+    """The centre (x, y), as fractions of the side."""
+    size: float
+    """Side of the bounding box, as a fraction of the side."""
+
 
 @dataclass(frozen=True)
 class Sound:
@@ -100,24 +130,32 @@ class Sound:
 class Background:
     """What is behind the things: dark, so that every colour of a thing stands out."""
 
-    kind: str
-    """plain, gradient, stripes or patches."""
     colour: tuple[int, int, int]
+    """At one side, RGB."""
     other: tuple[int, int, int]
+    """At the other; the same if it is plain."""
     angle: float
-    """Direction of the gradient or the stripes, in radians."""
+    """Where the other side is, in radians."""
 
 
 @dataclass(frozen=True)
 class SceneSettings:
     """What all scenes of a data set have in common."""
 
-    size: int = 64
-    """Side of the square picture in pixels; even, at least 32."""
-    duration_s: float = 4.0
-    """Length of a clip; at least 4 s, which the events need."""
-    fps: int = 8
-    """Frames per second, at least 4."""
+    size: int = 96
+    """Side of the square picture in pixels, 32..512, even."""
+    duration_s: float = 3.0
+    """Length of a clip, 3..30 s; events are spread over it."""
+    fps: int = 12
+    """Frames per second, 4..60."""
+
+    def __post_init__(self) -> None:
+        if not 32 <= self.size <= 512 or self.size % 2:
+            raise UsageError(f"size is {self.size} pixels, but must be even and within 32..512.")
+        if not 3 <= self.duration_s <= 30:
+            raise UsageError(f"duration_s is {self.duration_s:g}, but must be within 3..30 s.")
+        if not 4 <= self.fps <= 60:
+            raise UsageError(f"fps is {self.fps}, but must be within 4..60.")
 
 
 @dataclass(frozen=True)
@@ -136,12 +174,20 @@ class Scene:
     things: tuple[Thing, ...]
     sounds: tuple[Sound, ...]
     noise_seed: int
-    """Seed of textures and noise."""
+    """Seed of the noises."""
 
     @property
     def key(self) -> str:
         """A name that no other scene has: split, seed and index."""
         return f"{self.split}-{self.seed}-{self.index:06d}"
+
+    def things_at(self, time_s: float) -> list[Seen]:
+        """Return what is to be seen at a moment."""
+        return [
+            Seen(t.shape, t.colour_at(time_s), t.place_at(time_s), t.size)
+            for t in self.things
+            if time_s >= t.appears_s
+        ]
 
     @property
     def has_video(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from av_llava.errors import UsageError
-from av_llava.training.world.parts import COLOURS, Background, Point, Scene, Thing
+from av_llava.training.world.parts import COLOURS, Background, Scene, Seen
 
 _STAR_POINTS, _STAR_INNER = 5, 0.42
 
@@ -37,72 +37,37 @@ def frames(scene: Scene, times_s: Sequence[float] | np.ndarray | None = None) ->
     if not scene.has_video:
         raise UsageError(f"Scene {scene.key} is sound only; it has no frames.")
     times = frame_times(scene) if times_s is None else np.asarray(times_s, np.float64)
-    base = background(scene.background, scene.size, scene.noise_seed)
+    base = background(scene.background, scene.size)
     out = np.empty((len(times), scene.size, scene.size, 3), np.uint8)
-    drawn: dict[tuple[object, ...], np.ndarray] = {}
+    latest: list[Seen] | None = None
     for i, time_s in enumerate(times):
-        states = tuple(_state(thing, float(time_s)) for thing in scene.things)
-        if states not in drawn:
-            drawn = {states: _draw(base, states)}  # only the latest: things mostly stand still
-        out[i] = drawn[states]
+        seen = scene.things_at(float(time_s))
+        out[i] = out[i - 1] if seen == latest else _draw(base, seen)  # mostly nothing moves
+        latest = seen
     return out
 
 
-def place_at(thing: Thing, time_s: float) -> Point:
-    """Return where a thing's centre is, as fractions of the side."""
-    motion = thing.motion
-    if motion is None:
-        return thing.place
-    way = (time_s - motion.start_s) / (motion.end_s - motion.start_s)
-    way = min(1.0, max(0.0, way))
-    (x0, y0), (x1, y1) = motion.start, motion.end
-    return x0 + way * (x1 - x0), y0 + way * (y1 - y0)
-
-
-def colour_at(thing: Thing, time_s: float) -> str:
-    """Return the name of a thing's colour."""
-    turned = thing.turn is not None and time_s >= thing.turn.time_s
-    return thing.turn.colour if turned and thing.turn is not None else thing.colour
-
-
-def background(look: Background, size: int, seed: int) -> np.ndarray:
+def background(look: Background, size: int) -> np.ndarray:
     """Draw what is behind the things, float32 [size, size, 3] of 0..255."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     along = np.cos(look.angle) * axis[None, :] + np.sin(look.angle) * axis[:, None]
-    if look.kind == "plain":
-        share = np.zeros((size, size), np.float32)
-    elif look.kind == "gradient":
-        share = (along - along.min()) / (along.max() - along.min())
-    elif look.kind == "stripes":
-        share = 0.5 + 0.5 * np.sin(2 * np.pi * 4 * along)
-    else:
-        coarse = np.random.default_rng(seed).random((4, 4), np.float32)
-        share = np.kron(coarse, np.ones((-(-size // 4),) * 2, np.float32))[:size, :size]
+    share = (along - along.min()) / (along.max() - along.min())
     first, second = (np.array(c, np.float32) for c in (look.colour, look.other))
     return first + share[..., None].astype(np.float32) * (second - first)
 
 
-def _state(thing: Thing, time_s: float) -> tuple[str, str, float, Point] | None:
-    """What is to be drawn of a thing; None while it is not there."""
-    if time_s < thing.appears_s:
-        return None
-    return thing.shape, colour_at(thing, time_s), thing.size, place_at(thing, time_s)
-
-
-def _draw(base: np.ndarray, states: tuple[tuple[str, str, float, Point] | None, ...]) -> np.ndarray:
+def _draw(base: np.ndarray, things: Sequence[Seen]) -> np.ndarray:
     """Draw the things over a background; uint8 [size, size, 3]."""
     canvas, side = base.copy(), len(base)
-    for state in states:
-        if state is None:
-            continue
-        shape, colour, size, (x, y) = state
-        radius = size * side / 2
+    for thing in things:
+        x, y = thing.place
+        radius = thing.size * side / 2
         rows, row_axis = _window(y * side, radius, side)
         columns, column_axis = _window(x * side, radius, side)
-        distance = SHAPE_DISTANCES[shape](column_axis[None, :], row_axis[:, None], radius)
+        distance = SHAPE_DISTANCES[thing.shape](column_axis[None, :], row_axis[:, None], radius)
         cover = np.clip(0.5 - distance, 0, 1)[..., None].astype(np.float32)  # [h, w, 1]
         patch = canvas[rows, columns]
-        patch += cover * (np.array(COLOURS[colour], np.float32) - patch)
+        patch += cover * (np.array(COLOURS[thing.colour], np.float32) - patch)
     return (canvas + 0.5).astype(np.uint8)
 
 
@@ -127,12 +92,6 @@ def _triangle(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     return np.maximum(y - radius, (2 * abs(x) - (y + radius)) / slope)
 
 
-def _cross(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    thin, long = 0.34 * radius, radius
-    bars = (np.maximum(abs(x) - a, abs(y) - b) for a, b in ((long, thin), (thin, long)))
-    return np.minimum(*bars)
-
-
 def _star(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Five points, one of them up: the distance to the nearest edge's line."""
     sector = 2 * np.pi / _STAR_POINTS
@@ -150,7 +109,6 @@ SHAPE_DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
-    "cross": _cross,
     "star": _star,
 }
 """(x, y, radius) in pixels from the centre -> about the distance from the edge, negative inside."""

@@ -1,10 +1,9 @@
-"""Questions about a scene with their answers: at most one about looks, one about events, one
-about the sound.
+"""Questions about a scene with their answers.
 
 Contract: `questions` is a pure function of the scene and the generator. Which kinds are asked
-depends on the plot, never on what is the answer; no question of a clip tells the answer of another
-(`_look` leaves out what the question about the event names); every answer is one short lower-case
-word. `kinds.KINDS` says what each kind needs.
+depends on the plot and on chance, never on what is the answer; no question of a clip tells the
+answer of another; every answer is one short lower-case word. `kinds.KINDS` says what each kind
+needs.
 """
 
 from __future__ import annotations
@@ -18,10 +17,13 @@ import numpy as np
 from av_llava.training.world.kinds import KINDS, Kind
 from av_llava.training.world.parts import COLOURS, NUMBERS, SHAPES, SOUNDS, Scene, Thing
 
-__all__ = ["KINDS", "Kind", "Question", "questions"]
+__all__ = ["KINDS", "Kind", "Question", "all_questions", "questions"]
 
 Rng = np.random.Generator
 
+_COUNT_SHARE, _PRESENCE_SHARE = 0.7, 0.4
+"""How often things are counted, and asked for rather than about."""
+_YES_NO = {True: "yes", False: "no"}
 _A_SOUND = {
     "tone": "a tone",
     "chirp": "a chirp",
@@ -42,11 +44,11 @@ class Question:
     question: str
     answer: str
     choices: tuple[str, ...]
-    """The answers that this question leaves open, in no telling order."""
+    """The answers that this question leaves open, in an order that does not tell which."""
 
 
 def questions(scene: Scene, rng: Rng) -> list[Question]:
-    """Return the questions about a clip, in random order.
+    """Return questions about a clip that do not answer each other, in random order.
 
     Args:
         scene: any scene; a silent one gets no questions about sound, and so on.
@@ -54,14 +56,39 @@ def questions(scene: Scene, rng: Rng) -> list[Question]:
     """
     asked: list[Question] = []
     told: frozenset[str] = frozenset()
-    if scene.plot in _EVENTS:
+    # Two questions about different things tell that there are two, so that counting is asked with
+    # one of them at most.
+    counted = scene.plot == "crowd" and rng.random() < _COUNT_SHARE
+    if scene.plot in _EVENTS and (counted or scene.plot != "crowd"):
         event, told = _EVENTS[scene.plot](scene, rng)
         asked.append(event)
     if scene.has_video:
-        asked += _look(scene, rng, told)
+        asked += _looks(scene, rng, told, single=counted)
     if scene.topic is not None:
         asked.append(_TOPICS[scene.topic](scene, rng))
     return [asked[i] for i in rng.permutation(len(asked))]
+
+
+def all_questions(scene: Scene, rng: Rng) -> list[Question]:
+    """Return every question that has an answer in a scene, one wording of each, in fixed order.
+
+    Unlike those of `questions`, some tell the answers of others ("How many beeps?" what the sound
+    is), and the answers of a kind are not equally frequent.
+    """
+    asked = []
+    if scene.plot in _EVENTS:
+        asked.append(_EVENTS[scene.plot](scene, rng)[0])
+    for thing in _lasting(scene):
+        asked += [_colour_of(thing, rng), _shape_of(thing, rng)]
+    for presence in _presences(scene, frozenset()):
+        asked += [_is_there(presence, yes, rng) for yes in (True, False)]
+    for sound in scene.sounds:
+        # One beep could be taken for a short tone.
+        asked += [_what_sound(scene, rng)] * (sound.beeps != 1)
+        asked += [_is_heard(scene, yes, rng) for yes in (True, False)]
+        asked += [_beeps(scene, rng)] * (sound.kind == "beeps")
+        asked += [_pitch(scene, rng)] * (sound.kind == "chirp")
+    return asked
 
 
 # ------------------------------------------------------------------ events in the picture
@@ -127,38 +154,76 @@ _EVENTS: dict[str, Callable[[Scene, Rng], Told]] = {
 # ------------------------------------------------------------------ looks
 
 
-def _look(scene: Scene, rng: Rng, told: frozenset[str]) -> list[Question]:
-    """One question about how things look, if there is one that nothing else answers.
+@dataclass(frozen=True)
+class _Presence:
+    """Colours or shapes that can be asked for."""
 
-    Only one, since two that refer to different things would tell that there are two.
+    noun: str
+    there: tuple[str, ...]
+    absent: tuple[str, ...]
+
+
+def _looks(scene: Scene, rng: Rng, told: frozenset[str], single: bool) -> list[Question]:
+    """Ask either about the looks of things or whether they are there.
+
+    Not about both: a question about the red shape tells that it is there.
+
+    Args:
+        scene: a scene with things.
+        rng: chooses.
+        told: shapes that the question about the event names.
+        single: ask one question at most.
     """
-    lasting = [t for t in scene.things if t.turn is None]
-    unnamed = [t for t in lasting if t.shape not in told]
-    turned = {c for t in scene.things if t.turn for c in (t.colour, t.turn.colour)}
-    kinds = ["colour"] * bool(lasting) + ["shape"] * bool(unnamed)
-    presences = []
-    if lasting:
-        colours = {t.colour for t in lasting}
-        presences.append(("colour", colours, set(COLOURS) - colours - turned))
-    if unnamed:
-        shapes = {t.shape for t in unnamed}
-        presences.append(("shape", shapes, set(SHAPES) - shapes - told))
-    kinds += ["yes_no_picture"] * bool(presences)
-    if not kinds:
+    lasting, presences = _lasting(scene), _presences(scene, told)
+    if scene.plot == "crowd":
+        presences = presences[:1]  # with all shapes there, none could be asked for in vain
+    if not lasting:
         return []
-    kind = _one_of(rng, kinds)
-    if kind == "colour":
-        thing = _one_of(rng, lasting)
-        return [_ask(rng, kind, "any", thing.colour, shape=thing.shape)]
-    if kind == "shape":
-        thing = _one_of(rng, unnamed)
-        return [_ask(rng, kind, "any", thing.shape, colour=thing.colour)]
-    what, there, absent = _one_of(rng, presences)
-    yes = bool(rng.random() < 0.5)
-    name = _one_of(rng, sorted(there if yes else absent))
-    noun = f"{name} shape" if what == "colour" else name
-    article = "an" if noun[0] in "aeiou" else "a"
-    return [_ask(rng, kind, "any", "yes" if yes else "no", a_thing=f"{article} {noun}")]
+    if rng.random() < _PRESENCE_SHARE:
+        return [_is_there(_one_of(rng, presences), bool(rng.random() < 0.5), rng)]
+    asked = [_one_of(rng, lasting)] if single else lasting
+    return [
+        _shape_of(thing, rng)
+        if thing.shape not in told and rng.random() < 0.5
+        else _colour_of(thing, rng)
+        for thing in asked
+    ]
+
+
+def _lasting(scene: Scene) -> list[Thing]:
+    """The things that have one colour."""
+    return [t for t in scene.things if t.turn is None]
+
+
+def _presences(scene: Scene, told: frozenset[str]) -> list[_Presence]:
+    """What can be asked for with either answer: colours first."""
+    colours = {t.colour for t in _lasting(scene)}
+    passing = {c for t in scene.things if t.turn for c in (t.colour, t.turn.colour)}
+    shapes = {t.shape for t in scene.things} - told
+    found = [
+        _Presence("{} shape", _sorted(colours), _sorted(set(COLOURS) - colours - passing)),
+        _Presence("{}", _sorted(shapes), _sorted(set(SHAPES) - shapes - told)),
+    ]
+    return [p for p in found if p.there and p.absent]
+
+
+def _sorted(names: set[str]) -> tuple[str, ...]:
+    return tuple(sorted(names))
+
+
+def _colour_of(thing: Thing, rng: Rng) -> Question:
+    return _ask(rng, "colour", "any", thing.colour, shape=thing.shape)
+
+
+def _shape_of(thing: Thing, rng: Rng) -> Question:
+    return _ask(rng, "shape", "any", thing.shape, colour=thing.colour)
+
+
+def _is_there(presence: _Presence, yes: bool, rng: Rng) -> Question:
+    name = _one_of(rng, presence.there if yes else presence.absent)
+    return _ask(
+        rng, "yes_no_picture", "any", _YES_NO[yes], a_thing=f"a {presence.noun.format(name)}"
+    )
 
 
 # ------------------------------------------------------------------ sounds
@@ -177,10 +242,13 @@ def _pitch(scene: Scene, rng: Rng) -> Question:
 
 
 def _presence(scene: Scene, rng: Rng) -> Question:
+    return _is_heard(scene, bool(rng.random() < 0.5), rng)
+
+
+def _is_heard(scene: Scene, yes: bool, rng: Rng) -> Question:
     kind = scene.sounds[0].kind
-    yes = bool(rng.random() < 0.5)
     asked = kind if yes else _one_of(rng, [k for k in SOUNDS if k != kind])
-    return _ask(rng, "yes_no_sound", "any", "yes" if yes else "no", a_sound=_A_SOUND[asked])
+    return _ask(rng, "yes_no_sound", "any", _YES_NO[yes], a_sound=_A_SOUND[asked])
 
 
 _TOPICS: dict[str, Callable[[Scene, Rng], Question]] = {

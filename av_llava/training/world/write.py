@@ -16,10 +16,15 @@ from av_llava.training.world.parts import Scene
 from av_llava.training.world.picture import frames
 from av_llava.training.world.sound import RATE_HZ, waveform
 
-# Quality first: at 64 pixels even these take few bytes. Colours lose a little to chroma
+# Quality first: at 64 pixels even this takes few bytes. Macroblock trees are left out, since with
+# them x264 gives now and then other bytes for the same frames. Colours lose a little to chroma
 # subsampling, which is what real videos do, too.
-_VIDEO_OPTIONS = {"crf": "16", "preset": "veryfast", "x264-params": "threads=1:lookahead_threads=1"}
-_AUDIO_BITS = 40_000
+_VIDEO_OPTIONS = {
+    "crf": "16",
+    "preset": "veryfast",
+    "x264-params": "threads=1:sync-lookahead=0:rc-lookahead=0:mbtree=0",
+}
+_AUDIO_BITS = 48_000
 _BLOCK = 1024
 
 
