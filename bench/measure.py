@@ -54,7 +54,7 @@ class Row:
     """Least of all repeats, in ``unit``."""
     median: float
     unit: str
-    """s or MB."""
+    """s, MB or M tokens."""
     ratio: float
     """To the reference contestant of the case, see ``meaning``."""
     meaning: str

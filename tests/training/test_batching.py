@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,10 @@ from hypothesis import strategies as st
 from av_llava.errors import DataError, UsageError
 from av_llava.training.batch_plan import BatchShape, natural_count
 from av_llava.training.batching import PlannedBatch, TokenBudgetBatchSampler
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from bench import batching as batching_bench
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=400).map(np.array)
 
@@ -245,3 +251,32 @@ def test_a_million_samples_are_planned_in_seconds():
     assert time.process_time() - started < 20
     assert plan.waste < 0.02
     assert np.array_equal(np.sort(plan.order), np.arange(len(lengths)))
+
+
+# ---------------------------------------------------------------- the mixture of the benchmark
+
+
+def test_the_mixture_is_like_that_of_published_runs():
+    data = batching_bench.mixture(60_000)
+    assert np.bincount(data.modality) / 60_000 == pytest.approx(batching_bench.SHARES, abs=0.01)
+    assert data.lengths.mean() == pytest.approx(1983, rel=0.05)
+    assert np.median(data.lengths) == pytest.approx(1564, rel=0.05)
+    assert np.quantile(data.lengths, 0.9) == pytest.approx(4486, rel=0.05)
+    assert data.lengths.max() == 8192 and data.lengths.min() > 0
+
+
+@pytest.mark.parametrize("max_tokens", [8192, 16_384, 32_768])
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_less_than_two_percent_are_wasted_on_the_mixture(ranks, max_tokens):
+    lengths = batching_bench.mixture(20_000).lengths
+    for epoch in (0, 1):
+        sampler = TokenBudgetBatchSampler(
+            lengths, max_tokens=max_tokens, world_size=ranks, accumulation=2, seed=5
+        )
+        sampler.set_epoch(epoch)
+        plan = sampler.plan
+        assert 0 <= plan.waste < 0.02
+        # What the properties say, counted by hand.
+        batches = [[plan.batch(s, r) for r in range(ranks)] for s in range(len(plan.steps))]
+        slowest = [max(max(lengths[b]) * len(b) for b in step) for step in batches]
+        assert plan.waste == pytest.approx(1 - lengths.sum() / (ranks * sum(slowest)))
