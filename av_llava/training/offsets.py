@@ -8,9 +8,10 @@ when it is read. The SHA-256 of the file comes out of the same pass.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -26,6 +27,13 @@ _CLASS[list(b"[{")] = _OPEN
 _CLASS[list(b"]}")] = _CLOSE
 _WHITE = np.zeros(256, bool)
 _WHITE[list(b" \t\r\v\f")] = True
+
+
+class Digest(Protocol):
+    """A hash object of hashlib."""
+
+    def update(self, data: bytes, /) -> None:
+        """Take more bytes."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +86,11 @@ def _check_encoding(path: Path, head: bytes) -> None:
         raise DataError(f"{path} is not UTF-8 text; JSON and JSONL files are read as UTF-8.")
 
 
-def _blocks(file: BinaryIO) -> list[np.ndarray]:
-    """The next block of a file, as a list of none or one."""
-    data = file.read(BLOCK_BYTES)
-    return [np.frombuffer(data, np.uint8)] if data else []
+def _blocks(file: BinaryIO, digest: Digest) -> Iterator[np.ndarray]:
+    """The bytes of a file, block by block, which are also digested."""
+    while data := file.read(BLOCK_BYTES):
+        digest.update(data)
+        yield np.frombuffer(data, np.uint8)
 
 
 # ------------------------------------------------------------------ a row a line
@@ -92,9 +101,7 @@ def _scan_lines(file: BinaryIO, begin: int) -> RowTable:
     newlines: list[np.ndarray] = []
     suspects: list[int] = []  # lines that begin with white space, and may hold nothing else
     at, next_start = 0, begin
-    while blocks := _blocks(file):
-        block = blocks[0]
-        digest.update(memoryview(block))
+    for block in _blocks(file, digest):
         found = np.flatnonzero(block == 10)
         starts = np.concatenate([np.array([next_start - at]), found + 1])
         starts = starts[starts < len(block)]
@@ -123,9 +130,8 @@ def _scan_lines(file: BinaryIO, begin: int) -> RowTable:
 def _scan_array(path: Path, file: BinaryIO) -> RowTable:
     scanner = _ArrayScanner()
     digest = hashlib.sha256()
-    while blocks := _blocks(file):
-        digest.update(memoryview(blocks[0]))
-        scanner.feed(blocks[0])
+    for block in _blocks(file, digest):
+        scanner.feed(block)
     starts, ends = (np.concatenate([np.empty(0, np.int64), *x]) for x in scanner.rows)
     lines = np.concatenate([np.empty(0, np.int64), *scanner.lines]).astype(np.int32)
     if scanner.end is None:

@@ -1,7 +1,7 @@
 """LLaMA-Factory's two formats, alpaca and sharegpt, and its ``dataset_info.json``.
 
 The columns and tags of a ``dataset_info.json`` say under which names a file keeps what these
-formats need. Turns of tools become user and assistant turns; their own role names are kept in ``meta``.
+formats need. Turns of tools become user and assistant turns; their own role names are in ``meta``.
 """
 
 from __future__ import annotations
