@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from av_llava.errors import UsageError
 
-SHAPES = ("circle", "square", "triangle", "star")
+SHAPES = ("circle", "square", "triangle", "cross", "star")
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
+    "orange": (250, 145, 20),
     "yellow": (245, 230, 60),
     "green": (40, 185, 65),
     "blue": (50, 90, 240),
@@ -28,9 +29,6 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
 }
 SOUNDS = ("tone", "chirp", "noise", "bell", "beeps")
 NUMBERS = ("one", "two", "three", "four")
-
-BEEP_S = 0.13
-"""How long one beep lasts."""
 
 Point = tuple[float, float]
 
@@ -130,30 +128,30 @@ class Sound:
 class Background:
     """What is behind the things: dark, so that every colour of a thing stands out."""
 
+    kind: str
+    """plain, gradient, stripes or patches."""
     colour: tuple[int, int, int]
-    """At one side, RGB."""
     other: tuple[int, int, int]
-    """At the other; the same if it is plain."""
     angle: float
-    """Where the other side is, in radians."""
+    """Direction of the gradient or the stripes, in radians."""
 
 
 @dataclass(frozen=True)
 class SceneSettings:
     """What all scenes of a data set have in common."""
 
-    size: int = 96
+    size: int = 64
     """Side of the square picture in pixels, 32..512, even."""
-    duration_s: float = 3.0
-    """Length of a clip, 3..30 s; events are spread over it."""
-    fps: int = 12
+    duration_s: float = 4.0
+    """Length of a clip, 4..30 s; things happen in the first four seconds."""
+    fps: int = 8
     """Frames per second, 4..60."""
 
     def __post_init__(self) -> None:
         if not 32 <= self.size <= 512 or self.size % 2:
             raise UsageError(f"size is {self.size} pixels, but must be even and within 32..512.")
-        if not 3 <= self.duration_s <= 30:
-            raise UsageError(f"duration_s is {self.duration_s:g}, but must be within 3..30 s.")
+        if not 4 <= self.duration_s <= 30:
+            raise UsageError(f"duration_s is {self.duration_s:g}, but must be within 4..30 s.")
         if not 4 <= self.fps <= 60:
             raise UsageError(f"fps is {self.fps}, but must be within 4..60.")
 
@@ -174,7 +172,7 @@ class Scene:
     things: tuple[Thing, ...]
     sounds: tuple[Sound, ...]
     noise_seed: int
-    """Seed of the noises."""
+    """Seed of textures and noises."""
 
     @property
     def key(self) -> str:

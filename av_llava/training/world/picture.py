@@ -37,7 +37,7 @@ def frames(scene: Scene, times_s: Sequence[float] | np.ndarray | None = None) ->
     if not scene.has_video:
         raise UsageError(f"Scene {scene.key} is sound only; it has no frames.")
     times = frame_times(scene) if times_s is None else np.asarray(times_s, np.float64)
-    base = background(scene.background, scene.size)
+    base = background(scene.background, scene.size, scene.noise_seed)
     out = np.empty((len(times), scene.size, scene.size, 3), np.uint8)
     latest: list[Seen] | None = None
     for i, time_s in enumerate(times):
@@ -47,11 +47,19 @@ def frames(scene: Scene, times_s: Sequence[float] | np.ndarray | None = None) ->
     return out
 
 
-def background(look: Background, size: int) -> np.ndarray:
+def background(look: Background, size: int, seed: int) -> np.ndarray:
     """Draw what is behind the things, float32 [size, size, 3] of 0..255."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     along = np.cos(look.angle) * axis[None, :] + np.sin(look.angle) * axis[:, None]
-    share = (along - along.min()) / (along.max() - along.min())
+    if look.kind == "plain":
+        share = np.zeros((size, size), np.float32)
+    elif look.kind == "gradient":
+        share = (along - along.min()) / (along.max() - along.min())
+    elif look.kind == "stripes":
+        share = 0.5 + 0.5 * np.sin(2 * np.pi * 4 * along)
+    else:
+        coarse = np.random.default_rng(seed).random((4, 4), np.float32)
+        share = np.kron(coarse, np.ones((-(-size // 4),) * 2, np.float32))[:size, :size]
     first, second = (np.array(c, np.float32) for c in (look.colour, look.other))
     return first + share[..., None].astype(np.float32) * (second - first)
 
@@ -92,6 +100,12 @@ def _triangle(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     return np.maximum(y - radius, (2 * abs(x) - (y + radius)) / slope)
 
 
+def _cross(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    thin, long = 0.34 * radius, radius
+    bars = (np.maximum(abs(x) - a, abs(y) - b) for a, b in ((long, thin), (thin, long)))
+    return np.minimum(*bars)
+
+
 def _star(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Five points, one of them up: the distance to the nearest edge's line."""
     sector = 2 * np.pi / _STAR_POINTS
@@ -109,6 +123,7 @@ SHAPE_DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
+    "cross": _cross,
     "star": _star,
 }
 """(x, y, radius) in pixels from the centre -> about the distance from the edge, negative inside."""

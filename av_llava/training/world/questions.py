@@ -175,8 +175,6 @@ def _looks(scene: Scene, rng: Rng, told: frozenset[str], single: bool) -> list[Q
         single: ask one question at most.
     """
     lasting, presences = _lasting(scene), _presences(scene, told)
-    if scene.plot == "crowd":
-        presences = presences[:1]  # with all shapes there, none could be asked for in vain
     if not lasting:
         return []
     if rng.random() < _PRESENCE_SHARE:
@@ -221,9 +219,9 @@ def _shape_of(thing: Thing, rng: Rng) -> Question:
 
 def _is_there(presence: _Presence, yes: bool, rng: Rng) -> Question:
     name = _one_of(rng, presence.there if yes else presence.absent)
-    return _ask(
-        rng, "yes_no_picture", "any", _YES_NO[yes], a_thing=f"a {presence.noun.format(name)}"
-    )
+    noun = presence.noun.format(name)
+    thing = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    return _ask(rng, "yes_no_picture", "any", _YES_NO[yes], a_thing=thing)
 
 
 # ------------------------------------------------------------------ sounds

@@ -12,7 +12,6 @@ import numpy as np
 
 from av_llava.errors import UsageError
 from av_llava.training.world.parts import (
-    BEEP_S,
     COLOURS,
     DIRECTIONS,
     NUMBERS,
@@ -51,8 +50,7 @@ TOPICS = {"sound": 0.3, "beeps": 0.25, "pitch": 0.2, "presence": 0.25}
 """What the question about the sound is about, and how often."""
 LISTEN = "listen"
 """The plot of clips without a picture."""
-_BEEPS_SPAN_S = 1.5
-"""Four beeps need as much time."""
+_BACKGROUNDS = ("plain", "gradient", "stripes", "patches")
 
 
 def generator(seed: int, index: int, split: str, purpose: str = "scene") -> np.random.Generator:
@@ -89,7 +87,7 @@ def sample_scene(seed: int, index: int, split: str, settings: SceneSettings | No
         names = [n for n in PLOTS if not (silent and n in NEED_SOUND)]
         plot = names[int(rng.integers(len(names)))]
         staging = PLOTS[plot](rng, settings.duration_s)
-    topic = None if silent else _topic(rng, staging)
+    topic = None if silent else _topic(rng, plot)
     return Scene(
         seed=seed,
         split=split,
@@ -104,10 +102,9 @@ def sample_scene(seed: int, index: int, split: str, settings: SceneSettings | No
     )
 
 
-def _topic(rng: np.random.Generator, staging: Staging) -> str:
-    """A topic at random; of beeps only where as many as there can be have time."""
-    roomy = staging.span_s >= _BEEPS_SPAN_S
-    names = [n for n in TOPICS if roomy or n != "beeps"]
+def _topic(rng: np.random.Generator, plot: str) -> str:
+    """A topic at random; four beeps do not fit between a sound and a change."""
+    names = [n for n in TOPICS if not (plot == "change" and n == "beeps")]
     weights = np.array([TOPICS[n] for n in names])
     return names[int(rng.choice(len(names), p=weights / weights.sum()))]
 
@@ -115,18 +112,20 @@ def _topic(rng: np.random.Generator, staging: Staging) -> str:
 def _sound(rng: np.random.Generator, topic: str, staging: Staging) -> Sound:
     """A sound on that topic, somewhere in the time that the plot leaves for it."""
     kind = {"beeps": "beeps", "pitch": "chirp"}.get(topic, SOUNDS[int(rng.integers(len(SOUNDS)))])
+    span_s = staging.sound_until_s - staging.sound_from_s
+    short = span_s <= ORDER_SOUND_S + 1e-9
     level = float(rng.uniform(0.35, 0.8))
     rising = bool(rng.random() < 0.5)
     beeps, period_s = 0, 0.0
     if kind == "beeps":
         # One beep is a right answer to "how many", but as a sound it could be taken for a tone.
-        beeps = int(rng.integers(1, 5)) if topic == "beeps" else 2
-        period_s = float(rng.uniform(0.3, 0.38)) if staging.onset_s is None else 0.27
-        length_s = (beeps - 1) * period_s + BEEP_S
-    elif staging.onset_s is None:
-        length_s = float(rng.uniform(0.5, 0.7))
+        beeps = int(rng.integers(1, 5)) if topic == "beeps" else 2 if short else 3
+        period_s = 0.2 if short else float(rng.uniform(0.26, 0.3 if span_s < 1.5 else 0.4))
+        length_s = (beeps - 1) * period_s + 0.45 * period_s
+    elif short:
+        length_s = float(rng.uniform(0.3, ORDER_SOUND_S))
     else:
-        length_s = float(rng.uniform(0.32, ORDER_SOUND_S))
+        length_s = float(rng.uniform(0.6, 0.9))
     low, high = {"tone": (300, 900), "chirp": (300, 500), "noise": (2000, 4000)}.get(
         kind, (500, 900) if kind == "bell" else (900, 1600)
     )
@@ -146,10 +145,9 @@ def _sound(rng: np.random.Generator, topic: str, staging: Staging) -> Sound:
 
 
 def _background(rng: np.random.Generator) -> Background:
-    """Dark, plain or a soft gradient."""
-    base = int(rng.integers(25, 75))
+    base = rng.integers(25, 75)
     first, second = (
-        tuple(int(c) for c in np.clip(base + rng.integers(-16, 17, 3), 8, 90)) for _ in range(2)
+        tuple(int(c) for c in np.clip(base + rng.integers(-18, 19, 3), 8, 90)) for _ in range(2)
     )
-    other = first if rng.random() < 0.5 else second
-    return Background(first, other, float(rng.uniform(0, 2 * np.pi)))  # type: ignore[arg-type]
+    kind = _BACKGROUNDS[int(rng.integers(len(_BACKGROUNDS)))]
+    return Background(kind, first, second, float(rng.uniform(0, np.pi)))  # type: ignore[arg-type]

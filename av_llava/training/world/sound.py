@@ -11,10 +11,10 @@ from collections.abc import Callable
 import numpy as np
 
 from av_llava.errors import UsageError
-from av_llava.training.world.parts import BEEP_S, Scene, Sound
+from av_llava.training.world.parts import Scene, Sound
 
 RATE_HZ = 16_000
-_HISS, _EDGE_S, _CHIRP_RATIO = 0.002, 0.012, 4.0
+_HISS, _EDGE_S, _CHIRP_RATIO, _BEEP_SHARE = 0.002, 0.012, 4.0, 0.45
 _BELL_PARTIALS = ((1.0, 1.0), (2.76, 0.6), (5.4, 0.35))
 """(ratio to the pitch, loudness): the first modes of a struck bar."""
 
@@ -74,7 +74,8 @@ def _bell(sound: Sound, time_s: np.ndarray, rng: np.random.Generator) -> np.ndar
 
 def _beeps(sound: Sound, time_s: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     since_s = time_s % sound.period_s
-    gate = np.clip(np.minimum(since_s, BEEP_S - since_s) / _EDGE_S, 0, 1)
+    length_s = _BEEP_SHARE * sound.period_s
+    gate = np.clip(np.minimum(since_s, length_s - since_s) / _EDGE_S, 0, 1)
     return gate * np.sin(2 * np.pi * sound.pitch_hz * time_s)
 
 
