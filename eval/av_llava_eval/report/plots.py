@@ -1,0 +1,260 @@
+"""The plots of a report, as SVG text: matplotlib draws, nothing is fetched.
+
+Contract: each function takes the columns of a report and returns one ``<svg>`` element, or None
+where there is nothing to show. Texts stay texts, so that a page can be searched.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from av_llava.errors import MissingExtraError
+from av_llava_eval.report.facts import Column, Estimate
+
+COLORS = ("#3b6fb6", "#d9822b", "#4f9d69", "#a05195", "#7a7a7a")
+"""Of the columns, in order; told apart also by people who do not see red and green."""
+
+STAGE_COLORS = ("#8fb4dd", "#f0bf8a", "#a5cfb2", "#cbaacd", "#bdbdbd")
+"""Of the stages of a run."""
+
+INK, FAINT = "#333a45", "#d8dce3"
+_WIDTH = 7.4  # inches
+
+
+def headline(columns: Sequence[Column]) -> str | None:
+    """The headline score of every run, with its interval, and what guessing gives."""
+    figure, axes = _figure(0.55 * len(columns) + 0.9)
+    _bars(axes, [[c.headline] for c in columns], [c.label for c in columns], by_row=True)
+    chance = columns[0].chance
+    if chance is not None:
+        axes.axvline(100 * chance, color=INK, linewidth=1, linestyle=(0, (3, 3)))
+        axes.annotate(
+            "chance",
+            (100 * chance, 1),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color=INK,
+        )
+    return _svg(figure)
+
+
+def groups(columns: Sequence[Column], grouping: str, most: int = 24) -> str | None:
+    """Accuracy with intervals by the values of one grouping, the runs side by side."""
+    names = [e.name for e in columns[0].groups.get(grouping, ())][:most]
+    if len(names) < 2:
+        return None
+    found = [{e.name: e for e in c.groups.get(grouping, ())} for c in columns]
+    rows = [[f[n] for f in found if n in f] for n in names]
+    figure, axes = _figure((0.17 * len(columns) + 0.22) * len(names) + 0.7)
+    _bars(axes, rows, [f"{n} ({rows[i][0].n})" for i, n in enumerate(names)])
+    _legend(axes, columns)
+    return _svg(figure)
+
+
+def length(columns: Sequence[Column]) -> str | None:
+    """Accuracy against the length of the video."""
+    if len(columns[0].by_length) < 2:
+        return None
+    figure, axes = _figure(2.9)
+    for column, color in zip(columns, _cycle(len(columns)), strict=True):
+        points = column.by_length
+        x = np.arange(len(points))
+        score, low, high = _percent(points)
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(x, score, color=color, marker="o", markersize=4, label=column.label)
+    labels = [f"{e.name}\n({e.n})" for e in columns[0].by_length]
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel("%")
+    _clean(axes, "y")
+    _legend(axes, columns)
+    return _svg(figure)
+
+
+def dumbbells(first: Column, second: Column, grouping: str, most: int = 24) -> str | None:
+    """Two runs joined by a line for each group: what sound on or off changes, for instance."""
+    left = {e.name: e for e in first.groups.get(grouping, ())}
+    names = [e.name for e in second.groups.get(grouping, ()) if e.name in left][:most]
+    right = {e.name: e for e in second.groups.get(grouping, ())}
+    pairs = [(first.headline, second.headline), *((left[n], right[n]) for n in names)]
+    figure, axes = _figure(0.3 * len(pairs) + 0.9)
+    for row, (a, b) in enumerate(pairs):
+        axes.plot([100 * a.score, 100 * b.score], [row, row], color=FAINT, linewidth=3, zorder=1)
+    for column, color, at in ((first, COLORS[0], 0), (second, COLORS[1], 1)):
+        scores = [100 * pair[at].score for pair in pairs]
+        axes.scatter(scores, range(len(pairs)), color=color, s=34, zorder=2, label=column.label)
+    axes.set_yticks(range(len(pairs)), ["all", *names])
+    axes.set_ylim(-0.6, len(pairs) - 0.4)
+    axes.invert_yaxis()
+    axes.set_xlabel("%")
+    _clean(axes, "x")
+    _legend(axes, (first, second))
+    return _svg(figure)
+
+
+def tokens(columns: Sequence[Column]) -> str | None:
+    """Accuracy against the number of tokens that a video becomes, for runs that differ in it."""
+    found = [c for c in columns if c.visual_tokens]
+    if len({round(c.visual_tokens or 0) for c in found}) < 2:
+        return None
+    figure, axes = _figure(3.0)
+    for column, color in zip(found, _cycle(len(found)), strict=True):
+        score, low, high = _percent([column.headline])
+        error = [[score[0] - low[0]], [high[0] - score[0]]]
+        x = [column.visual_tokens]
+        axes.errorbar(x, score, yerr=error, fmt="o", color=color, capsize=3, label=column.label)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({round(c.visual_tokens or 0) for c in found})
+    axes.set_xticks(ticks, map(str, ticks), minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("tokens a video, mean")
+    axes.set_ylabel("%")
+    _clean(axes, "y")
+    _legend(axes, found)
+    return _svg(figure)
+
+
+def letters(columns: Sequence[Column]) -> str | None:
+    """How often each letter is answered, against how often it is right."""
+    names = sorted({letter for c in columns for letter in c.letters})
+    if not names:
+        return None
+    figure, axes = _figure(2.6)
+    wide = 0.8 / (len(columns) + 1)
+    right = [100 * columns[0].letters.get(n, (0.0, 0.0))[1] for n in names]
+    x = np.arange(len(names)) - 0.4 + wide / 2
+    axes.bar(x, right, wide, color=FAINT, label="right answers")
+    for i, (column, color) in enumerate(zip(columns, _cycle(len(columns)), strict=True), 1):
+        said = [100 * column.letters.get(n, (0.0, 0.0))[0] for n in names]
+        axes.bar(x + i * wide, said, wide, color=color, label=f"answers, {column.label}")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("% of questions")
+    _clean(axes, "y")
+    _above(axes)
+    return _svg(figure)
+
+
+def stages(columns: Sequence[Column]) -> str | None:
+    """Where the time went."""
+    names = list(dict.fromkeys(n for c in columns for n in c.stage_s))
+    if not names:
+        return None
+    figure, axes = _figure(0.45 * len(columns) + 0.9)
+    start = np.zeros(len(columns))
+    for i, name in enumerate(names):
+        color = STAGE_COLORS[i % len(STAGE_COLORS)]
+        seconds = np.array([c.stage_s.get(name, 0.0) for c in columns])
+        axes.barh(range(len(columns)), seconds, left=start, color=color, height=0.6, label=name)
+        start += seconds
+    axes.set_yticks(range(len(columns)), [c.label for c in columns])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    _clean(axes, "x")
+    _above(axes)
+    return _svg(figure)
+
+
+# -------------------------------------------------------------------- drawing
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "eval", "Drawing the plots of a report") from error
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+
+    out = io.StringIO()
+    # A fixed salt and no date: the same scores give the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "av_llava"}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    # The page sets the width; the height follows.
+    return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", text, count=1)
+
+
+def _bars(
+    axes: Any, rows: Sequence[Sequence[Estimate]], labels: Sequence[str], by_row: bool = False
+) -> None:
+    """Horizontal bars with intervals.
+
+    Args:
+        axes: to draw on.
+        rows: of bars; a row holds one estimate a run.
+        labels: of the rows.
+        by_row: each row is a run, and has its colour.
+    """
+    high = 0.8 / max(map(len, rows))
+    for i, row in enumerate(rows):
+        for j, estimate in enumerate(row):
+            y = i - 0.4 + (j + 0.5) * high
+            color = COLORS[(i if by_row else j) % len(COLORS)]
+            (score,), (low,), (top,) = _percent([estimate])
+            axes.barh(y, score, high * 0.86, color=color, alpha=0.85)
+            axes.plot([low, top], [y, y], color=INK, linewidth=1.2, solid_capstyle="butt")
+            axes.text(top + 1, y, f"{score:.1f}", va="center", fontsize=8, color=INK)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 105)
+    axes.set_xlabel("%")
+    _clean(axes, "x")
+
+
+def _percent(points: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    found = np.array([(e.score, e.low, e.high) for e in points]) * 100
+    return found[:, 0], found[:, 1], found[:, 2]
+
+
+def _clean(axes: Any, grid: str) -> None:
+    for side in ("top", "right", "left" if grid == "x" else "bottom"):
+        axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color(FAINT)
+    axes.grid(axis=grid, color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+
+
+def _legend(axes: Any, columns: Sequence[Column]) -> None:
+    if len(columns) < 2:
+        return
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(color=color, label=c.label)
+        for c, color in zip(columns, _cycle(len(columns)), strict=True)
+    ]
+    _above(axes, handles=handles)
+
+
+def _above(axes: Any, **options: Any) -> None:
+    """A legend in one line above the plot, where it covers nothing."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=6,
+        frameon=False,
+        fontsize=8,
+        borderaxespad=0.2,
+        **options,
+    )
+
+
+def _cycle(n: int) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(n)]
