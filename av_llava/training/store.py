@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from av_llava.errors import DataError, UsageError
+from av_llava.errors import DataError, UsageError, unknown_name
 from av_llava.training.media_roots import MediaRoots
 from av_llava.training.offsets import RowTable, scan
 from av_llava.training.readers import Reading, RowContext, detect, reader_named, renamed
@@ -332,7 +332,7 @@ def open_store(
     if file.is_dir():
         return _open_folder(file, ReadAs(format, roots, columns or {}))
     if file.name == DATASET_INFO:
-        return _open_info(file, roots)
+        return open_info(file, roots)
     if file.suffix.lower() not in DATA_SUFFIXES:
         known = ", ".join((*DATA_SUFFIXES, *MIXTURE_SUFFIXES))
         raise UsageError(f"{file} is no kind of file that training data are read from: {known}.")
@@ -351,7 +351,7 @@ def _root(file: Path, media_root: str | Path | None) -> Path:
 def _open_folder(folder: Path, read_as: ReadAs) -> SampleStore:
     """All files of a folder, by name."""
     if (folder / DATASET_INFO).exists():
-        return _open_info(folder / DATASET_INFO, read_as.roots)
+        return open_info(folder / DATASET_INFO, read_as.roots)
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in DATA_SUFFIXES)
     if not files:
         raise DataError(f"The folder {folder} holds no {' or '.join(DATA_SUFFIXES)} file.")
@@ -359,16 +359,22 @@ def _open_folder(folder: Path, read_as: ReadAs) -> SampleStore:
     return stores[0] if len(stores) == 1 else ChainedStore(stores)
 
 
-def _open_info(file: Path, roots: MediaRoots) -> SampleStore:
-    stores: list[SampleStore] = []
-    for entry in read_dataset_info(file):
-        read_as = ReadAs(entry.format, roots, entry.columns, entry.tags)
-        store: SampleStore = FileStore(entry.path, read_as)
-        if entry.first is not None:
-            store = ChosenStore(store, np.arange(min(entry.first, len(store))))
-        stores.append(store)
-    if not stores:
+def open_info(file: Path, roots: MediaRoots, name: str | None = None) -> SampleStore:
+    """Open the data sets of a ``dataset_info.json``, or the one that is named."""
+    entries = read_dataset_info(file)
+    names = [entry.name for entry in entries]
+    if not entries:
         raise DataError(f"{file} names no data sets.")
+    if name is not None and name not in names:
+        raise DataError(str(unknown_name("data set", name, names)))
+    stores: list[SampleStore] = []
+    for entry in entries:
+        if name in (None, entry.name):
+            read_as = ReadAs(entry.format, roots, entry.columns, entry.tags)
+            store: SampleStore = FileStore(entry.path, read_as)
+            if entry.first is not None:
+                store = ChosenStore(store, np.arange(min(entry.first, len(store))))
+            stores.append(store)
     return stores[0] if len(stores) == 1 else ChainedStore(stores)
 
 
