@@ -87,9 +87,14 @@ class PartsTable:
         return [*out, f"{'together':<30}{total}"]
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what PEFT, ``torch.compile`` and others put around modules."""
+    return _WRAPPERS.sub("", name)
+
+
 def part_of(name: str) -> str:
     """The part that a parameter belongs to, by its name in memory with or without wrappers."""
-    name = _WRAPPERS.sub("", name)
+    name = plain_name(name)
     if _ROWS in name:
         return "audio_token_rows"
     match = re.match(r"model\.(\w+)\.", name)

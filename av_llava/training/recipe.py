@@ -295,7 +295,8 @@ def _unknown(kind: str, name: str, known: Iterable[str], source: str) -> UsageEr
 
 
 def _kind(value: Any) -> str:
-    return {list: "list", str: "word", dict: "mapping"}.get(type(value), type(value).__name__)
+    words: dict[type, str] = {list: "list", str: "word", dict: "mapping"}
+    return words.get(type(value), type(value).__name__)
 
 
 def _flat(text: str) -> str:

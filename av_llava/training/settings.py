@@ -14,6 +14,7 @@ from typing import Any
 
 from av_llava.errors import UsageError, unknown_name
 from av_llava.settings import Settings, check_choice, check_flag, check_range, check_whole
+from av_llava.training.bad_media import BadMediaSettings
 
 PARTS = (
     "vision_tower",
@@ -110,6 +111,8 @@ class DataSettings(Settings):
     """Name of a reader; None recognises the format."""
     media_root: str | None = None
     """Folder that relative paths of media start from; None is the data file's own."""
+    index: str | None = None
+    """File of lengths (av-llava data index) for ``train``; None measures into the run's folder."""
     frames: int | None = None
     """Upper bound of frames a video; None is the model's own."""
     fps: float | None = None
@@ -119,17 +122,21 @@ class DataSettings(Settings):
     time_instruction: bool | None = None
     """Tell the model duration and frame times in words; None is the model's own."""
     max_length: int | None = None
-    """Longest sample in tokens, media included; a longer one is left out with a message."""
+    """Longest sample in tokens, media included; None is what ``batch.max_tokens`` allows."""
+    too_long: str = "error"
+    """A longer sample is an error, or its videos lose frames until it fits (trim). Text is never
+    cut."""
     max_decode_s: float = 60.0
     """Seconds that reading one medium may take."""
-    bad_media: Mapping[str, Any] = field(default_factory=dict)
-    """What happens to media that cannot be read; see training.dataset.BadMediaSettings."""
+    bad_media: BadMediaSettings = field(default_factory=BadMediaSettings)
+    """What happens to media that cannot be read."""
     modality_dropout: DropoutSettings = DropoutSettings()
     """Videos that lose their sound or their frames."""
     feature_cache: str | None = None
     """Folder in which the features of frozen towers are kept from one epoch to the next."""
 
     def __post_init__(self) -> None:
+        check_choice("data.too_long", self.too_long, ("error", "trim"))
         check_choice("data.audio", self.audio, ("auto", "on", "off"))
         check_range("data.frames", self.frames, 1)
         check_range("data.fps", self.fps, 1e-6)
@@ -145,8 +152,11 @@ class BatchSettings(Settings):
     """Tokens of one batch on one device, padding included: it bounds the memory."""
     max_samples: int | None = None
     """Samples of one batch on one device; None leaves that to ``max_tokens``."""
+    too_long: str = "error"
+    """A sample longer than ``max_tokens`` is an error, or gets a batch alone."""
     buffer: int = 50
-    """Batches that are sorted by length together: more waste less padding and mix less."""
+    """Optimiser steps whose samples are sorted by length together: more waste less padding, and
+    mix less."""
     shuffle: bool = True
     """Another order every epoch; false keeps the file's."""
     workers: int = 2
@@ -158,6 +168,7 @@ class BatchSettings(Settings):
         check_whole("batch.max_tokens", self.max_tokens, 1)
         if self.max_samples is not None:
             check_whole("batch.max_samples", self.max_samples, 1)
+        check_choice("batch.too_long", self.too_long, ("error", "alone"))
         check_whole("batch.buffer", self.buffer, 1)
         check_flag("batch.shuffle", self.shuffle)
         check_whole("batch.workers", self.workers, 0)
@@ -317,6 +328,8 @@ class TrainSettings(Settings):
     """torch.compile for the language model."""
     seed: int = 42
     """Of everything: new weights, order of samples, dropout."""
+    save_dtype: str = "float32"
+    """Type of a whole model in ``final``: float32 or bfloat16. Checkpoints are as they train."""
     save: str = "auto"
     """full (a whole checkpoint), adapter (what differs from the base), auto: full if the whole
     language model trains."""
@@ -325,6 +338,7 @@ class TrainSettings(Settings):
 
     def __post_init__(self) -> None:
         check_choice("save", self.save, ("auto", "full", "adapter"))
+        check_choice("save_dtype", self.save_dtype, ("float32", "bfloat16"))
         check_flag("gradient_checkpointing", self.gradient_checkpointing)
         check_flag("compile", self.compile)
         check_whole("seed", self.seed, 0)

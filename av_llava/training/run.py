@@ -1,0 +1,459 @@
+"""One run from a recipe: folder, model, data, trainer, result.
+
+Contract: what can be wrong is said before anything is trained, and before anything is loaded where
+that is possible. Under torchrun every process calls the same functions; the first one writes. The
+run's folder says afterwards what was run: the resolved recipe, versions, and a digest of the data.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+import av_llava
+from av_llava.checkpoints.staging import new_folder
+from av_llava.errors import DataError, UsageError
+from av_llava.inference import AVLlava, add_audio, load
+from av_llava.media_inputs import MediaOptions
+from av_llava.training import recipe
+from av_llava.training.arguments import training_arguments
+from av_llava.training.artefacts import Artefacts
+from av_llava.training.bad_media import BadMediaWatch
+from av_llava.training.batching import TokenBudgetBatchSampler
+from av_llava.training.callbacks import FsdpEntryPoints, Progress, RunLog, Say
+from av_llava.training.dataset import TrainingDataset
+from av_llava.training.index import MODALITY_BITS, LengthIndex, build_index
+from av_llava.training.parts import PartsTable, apply_trainable
+from av_llava.training.run_folder import QUARANTINE, RECIPE, RunFolder
+from av_llava.training.settings import TrainSettings
+from av_llava.training.store import SampleStore, open_store
+from av_llava.training.trainer import AVTrainer
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = (
+    "av-llava",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "av",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """How a run talks to whoever started it."""
+
+    say: Say = logger.info
+    """Takes lines for people; of the first process only."""
+    bar: bool = False
+    """Show a bar that moves."""
+    progress: Callable[[int, int], None] | None = None
+    """While samples are measured."""
+
+
+@dataclass
+class Prepared:
+    """Everything that a trainer is made of."""
+
+    settings: TrainSettings
+    args: TrainingArguments
+    model: AVLlava
+    table: PartsTable
+    store: SampleStore
+    index: LengthIndex
+    dataset: TrainingDataset
+    sampler: TokenBudgetBatchSampler
+
+
+def train(settings: TrainSettings, *, resume: bool = False, hooks: Hooks | None = None) -> Path:
+    """Train as one recipe without stages says.
+
+    Args:
+        settings: of the run.
+        resume: go on from the last checkpoint of the output folder.
+        hooks: see the class.
+
+    Returns:
+        The folder of the result, which loads alone.
+
+    Raises:
+        UsageError: settings that do not fit, a folder that is taken.
+        DataError: data that cannot be trained on, or a loss that is no number.
+        BudgetError: memory that does not suffice.
+    """
+    hooks = hooks or Hooks()
+    output = check(settings)
+    folder = RunFolder(output)
+    args = training_arguments(settings, output)
+    main = args.process_index == 0
+    if main:
+        folder.claim(resume)
+    try:
+        return _train(settings, args, folder, resume, hooks if main else Hooks())
+    finally:
+        folder.release()
+
+
+def check(settings: TrainSettings) -> Path:
+    """Say what a recipe lacks; return its output folder."""
+    for name, value in (
+        ("output", settings.output),
+        ("model.path", settings.model.path),
+        ("data.train", settings.data.train),
+    ):
+        if not value:
+            raise UsageError(f"The recipe names no {name}: add {name}=... to the command.")
+    evaluates = str(settings.training.get("eval_strategy", "no")) != "no"
+    if evaluates and settings.data.eval is None:
+        raise UsageError("training.eval_strategy asks for evaluation, but data.eval is not given.")
+    assert settings.output is not None
+    return Path(settings.output).expanduser()
+
+
+def _train(
+    settings: TrainSettings, args: TrainingArguments, folder: RunFolder, resume: bool, hooks: Hooks
+) -> Path:
+    main = args.process_index == 0
+    if main and resume and folder.is_finished:
+        hooks.say(f"{folder.path} is finished.")
+    if folder.is_finished:
+        return folder.final
+    checkpoint = folder.last_checkpoint() if resume else None
+    if main:
+        _begin(folder, settings, checkpoint, hooks)
+    prepared = prepare(settings, args, folder, hooks)
+    trainer = make_trainer(prepared, folder, hooks)
+    if main:
+        folder.update_record(**_account(prepared))
+    started = time.time()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.losses.check()
+    _finish(trainer, prepared, folder)
+    if main:
+        folder.update_record(
+            status="finished", steps=trainer.state.global_step, seconds=round(time.time() - started)
+        )
+        hooks.say(f"The result is {folder.final}.")
+    return folder.final
+
+
+def _begin(
+    folder: RunFolder, settings: TrainSettings, checkpoint: Path | None, hooks: Hooks
+) -> None:
+    """Write what is run, or check that it is what was run."""
+    if folder.recipe.is_file():
+        _same_recipe(recipe.settings_from(recipe.read_yaml(folder.recipe)), settings, folder)
+        if checkpoint is None:
+            hooks.say(f"{folder.path} holds no checkpoint yet: the run begins anew.")
+            folder.cut_log(-1)
+        else:
+            hooks.say(f"Going on from {checkpoint}.")
+            folder.cut_log(int(checkpoint.name.rpartition("-")[2]))
+    folder.write(RECIPE, recipe.to_yaml(settings))
+    folder.update_record(
+        status="running",
+        command=sys.argv,
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        versions={name: v for name in _PACKAGES if (v := _version(name))},
+    )
+
+
+_FREE = (
+    "batch.workers",
+    "batch.prefetch",
+    "evaluation.",
+    "training.logging_",
+    "training.save_",
+    "training.eval_",
+    "training.report_to",
+    "data.index",
+)
+"""What may differ when a run is resumed, because no step depends on it."""
+
+
+def _same_recipe(before: TrainSettings, now: TrainSettings, folder: RunFolder) -> None:
+    old, new = _flat(recipe.to_data(before)), _flat(recipe.to_data(now))
+    differing = sorted(
+        key
+        for key in old.keys() | new.keys()
+        if old.get(key) != new.get(key) and not key.startswith(_FREE) and key != "output"
+    )
+    if differing:
+        key = differing[0]
+        raise UsageError(
+            f"The run in {folder.path} was begun with {key} = {old.get(key)!r}, not "
+            f"{new.get(key)!r}{f' (and {len(differing) - 1} more differ)' if differing[1:] else ''}"
+            f". Resume it with its own recipe ({folder.recipe}), or start another run from its "
+            f"last checkpoint (model.path=...)."
+        )
+
+
+def _flat(data: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {path: data}
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        out |= _flat(value, f"{path}.{key}" if path else str(key))
+    return out
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return av_llava.__version__ if package == "av-llava" else None
+
+
+# ---------------------------------------------------------------- what is trained, and on what
+
+
+def prepare(
+    settings: TrainSettings, args: TrainingArguments, folder: RunFolder | None, hooks: Hooks
+) -> Prepared:
+    """Load the model, settle what trains, open and measure the data.
+
+    Args:
+        settings: of the run.
+        args: made of them.
+        folder: of the run, for the index; None keeps none.
+        hooks: see the class.
+    """
+    set_seed(settings.seed)
+    with first_alone(args):  # the first process measures, the others read what it wrote
+        store = open_store(
+            settings.data.train or "",
+            format=settings.data.format,
+            media_root=settings.data.media_root,
+            seed=settings.seed,
+        )
+    model = load_model(settings, args)
+    options = media_options(settings, model)
+    index = measured(settings, args, store, model, options, folder, hooks)
+    table = settle(settings, model)
+    check_modalities(table, index)
+    max_length = settings.data.max_length
+    dataset = TrainingDataset(
+        store,
+        model.processor,
+        options,
+        index,
+        settings.data.bad_media,
+        settings.seed,
+        max_length=max_length,
+        too_long=settings.data.too_long,
+    )
+    sampler = TokenBudgetBatchSampler(
+        dataset.lengths(),
+        max_tokens=settings.batch.max_tokens,
+        max_samples=settings.batch.max_samples,
+        world_size=args.world_size,
+        rank=args.process_index,
+        seed=settings.seed,
+        shuffle=settings.batch.shuffle,
+        buffer=settings.batch.buffer,
+        accumulation=args.gradient_accumulation_steps,
+        too_long=settings.batch.too_long,
+    )
+    return Prepared(settings, args, model, table, store, index, dataset, sampler)
+
+
+def load_model(settings: TrainSettings, args: TrainingArguments) -> AVLlava:
+    """Load what training starts from, in the types that it is trained in."""
+    chosen = settings.model
+    sharded = bool(args.fsdp) or args.deepspeed is not None
+    mode = settings.trainable.language_model.train
+    dtype = chosen.dtype
+    if dtype == "auto":
+        small = args.bf16 and not sharded and mode in ("freeze", "lora")
+        dtype = "bfloat16" if small else "float32"
+    merge = chosen.merge
+    if merge is None and chosen.quantize is None:
+        merge = mode != "lora"
+    model = load(
+        chosen.path,
+        device="cpu" if sharded else args.device,
+        dtype=dtype,
+        base=chosen.base,
+        attn_implementation=chosen.attn_implementation,
+        overwrite_config=chosen.config or None,
+        quantize=chosen.quantize,
+        merge=merge,
+    )
+    if chosen.add_audio is not None:
+        given = dict(chosen.add_audio)
+        add_audio(model, given["tower"], given.get("projector"), seed=settings.seed)
+    return model
+
+
+def settle(settings: TrainSettings, model: AVLlava) -> PartsTable:
+    """Make trainable what the recipe declares."""
+    rate = settings.training.get("learning_rate")
+    return apply_trainable(
+        model.model,
+        settings.trainable,
+        settings.lora,
+        learning_rate=None if rate is None else float(rate),
+        weight_decay=float(settings.training.get("weight_decay", 0.0)),
+    )
+
+
+def media_options(settings: TrainSettings, model: AVLlava) -> MediaOptions:
+    """How media are read; the model keeps the sampling that it was trained with."""
+    data = settings.data
+    options = model.processor.media_options(
+        frames=data.frames,
+        fps=data.fps,
+        audio=data.audio,
+        time_instruction=data.time_instruction,
+    )
+    limits = options.limits.replace(max_decode_s=data.max_decode_s)
+    model.processor.config.sampling = options.sampling
+    return MediaOptions(options.sampling, audio=options.audio, limits=limits)
+
+
+def measured(
+    settings: TrainSettings,
+    args: TrainingArguments,
+    store: SampleStore,
+    model: AVLlava,
+    options: MediaOptions,
+    folder: RunFolder | None,
+    hooks: Hooks,
+) -> LengthIndex:
+    """The lengths of all samples; the first process measures, the others read its file."""
+    file = Path(settings.data.index).expanduser() if settings.data.index else None
+    if file is None and folder is not None:
+        file = folder.path / "lengths.index"
+    with first_alone(args):
+        return build_index(
+            store,
+            model.processor,
+            options,
+            file=file,
+            workers=settings.batch.workers,
+            progress=hooks.progress,
+        )
+
+
+def check_modalities(table: PartsTable, index: LengthIndex) -> None:
+    """Refuse to train an encoder or projector on data that never uses it.
+
+    Raises:
+        DataError: nothing in the data would train a part.
+    """
+    seen = int(_or(index.modality[index.usable]))
+    wanted = {
+        "vision_tower": MODALITY_BITS["image"] | MODALITY_BITS["video"],
+        "mm_projector": MODALITY_BITS["image"] | MODALITY_BITS["video"],
+        "audio_tower": MODALITY_BITS["audio"],
+        "mm_audio_projector": MODALITY_BITS["audio"],
+    }
+    for name, bits in wanted.items():
+        if table.of(name).n_trained and not seen & bits:
+            what = "sound" if bits == MODALITY_BITS["audio"] else "pictures or videos"
+            raise DataError(
+                f"trainable.{name} trains, but none of the {len(index)} samples has {what} that "
+                f"is used. Freeze it (trainable.{name}=freeze), or add such samples."
+            )
+
+
+def _or(codes: Any) -> int:
+    found = 0
+    for code in set(codes.tolist()):
+        found |= code
+    return found
+
+
+@contextmanager
+def first_alone(args: TrainingArguments) -> Iterator[None]:
+    """Let the first process through alone, then the others."""
+    if args.world_size <= 1:
+        yield
+        return
+    if args.process_index > 0:
+        torch.distributed.barrier()
+    yield
+    if args.process_index == 0:
+        torch.distributed.barrier()
+
+
+# ---------------------------------------------------------------- trainer and result
+
+
+def make_trainer(prepared: Prepared, folder: RunFolder, hooks: Hooks) -> AVTrainer:
+    """Put the trainer together."""
+    settings, args, model = prepared.settings, prepared.args, prepared.model
+    main = args.process_index == 0
+    artefacts = Artefacts(model.model, model.processor, whole=settings.saves_whole, main=main)
+    bad = settings.data.bad_media
+    if bad.quarantine is None:
+        bad = bad.replace(quarantine=str(folder.path / QUARANTINE))
+    callbacks: list[TrainerCallback] = [FsdpEntryPoints()]
+    if main:
+        callbacks += [RunLog(folder.log), Progress(hooks.bar, hooks.say)]
+        for line in prepared.table.lines():
+            hooks.say(line)
+    if settings.compile:
+        model.model.model.language_model.compile(dynamic=True)
+    return AVTrainer(
+        model.model,
+        args,
+        table=prepared.table,
+        dataset=prepared.dataset,
+        sampler=prepared.sampler,
+        batch=settings.batch,
+        artefacts=artefacts,
+        bad_media=BadMediaWatch(bad),
+        callbacks=callbacks,
+    )
+
+
+def _account(prepared: Prepared) -> dict[str, Any]:
+    """What the run's folder says of model and data."""
+    index = prepared.index
+    return {
+        "model": str(prepared.settings.model.path),
+        "data": {
+            "sources": list(prepared.store.sources),
+            "digest": prepared.store.digest(),
+            "samples": len(index),
+            "tokens": int(index.lengths.sum()),
+            "supervised_tokens": int(index.supervised.sum()),
+            "unusable": len(index.errors),
+        },
+        "world_size": prepared.args.world_size,
+        "batches_per_epoch": len(prepared.sampler),
+        "trained_parameters": prepared.table.n_trained,
+        "parameters": prepared.table.n_total,
+    }
+
+
+def _finish(trainer: AVTrainer, prepared: Prepared, folder: RunFolder) -> None:
+    """Write the result."""
+    state = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if prepared.args.process_index == 0:
+        low = prepared.settings.save_dtype == "bfloat16"
+        with new_folder(folder.final) as place:
+            trainer.artefacts.write(place, state, dtype=torch.bfloat16 if low else None)
+    trainer.accelerator.wait_for_everyone()

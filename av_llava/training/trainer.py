@@ -1,0 +1,316 @@
+"""transformers' Trainer with our batches, our optimiser's groups, and our checkpoints.
+
+Contract: the training loop is the library's. Replaced are the data loader (batches by true length,
+made by their workers), the optimiser's groups, what a checkpoint is made of and how it appears,
+evaluation, and what is logged. A checkpoint is complete or not there; a run that goes on from one
+sees the same batches, the same random numbers and the same losses.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from av_llava.errors import CheckpointError
+from av_llava.settings import IGNORE_INDEX
+from av_llava.training.artefacts import Artefacts
+from av_llava.training.bad_media import BadMediaWatch
+from av_llava.training.batching import TokenBudgetBatchSampler
+from av_llava.training.collate import BatchInfo, as_is
+from av_llava.training.dataset import TrainingDataset
+from av_llava.training.meters import LossWatch, Meters, check_supervised
+from av_llava.training.optimizer import build_optimizer
+from av_llava.training.parts import PartsTable
+from av_llava.training.run_folder import STATE
+from av_llava.training.settings import BatchSettings
+
+logger = logging.getLogger(__name__)
+
+SAMPLER = "batches.json"
+"""What makes the batches; a run that goes on must make the same."""
+_FULL_DISK = ("No space left", "PytorchStreamWriter failed", "File too large", "quota")
+
+Evaluate = Callable[["AVTrainer"], dict[str, float]]
+
+
+class AVTrainer(Trainer):
+    """Trains a model whose parts are settled.
+
+    Args:
+        model: with its parts settled (:func:`av_llava.training.parts.apply_trainable`).
+        args: of transformers; its output folder is the run's.
+        table: what ``apply_trainable`` returned.
+        dataset: makes the batches.
+        sampler: chooses their samples.
+        batch: workers and prefetching.
+        artefacts: writes and reads weights.
+        bad_media: counts media that could not be read.
+        evaluate_with: measures on held-out data, if there are any.
+        callbacks: of transformers.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        table: PartsTable,
+        dataset: TrainingDataset,
+        sampler: TokenBudgetBatchSampler,
+        batch: BatchSettings,
+        artefacts: Artefacts,
+        bad_media: BadMediaWatch | None = None,
+        evaluate_with: Evaluate | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        use_cache = getattr(model.config, "use_cache", None)
+        super().__init__(model, args, train_dataset=dataset, callbacks=callbacks)
+        # The Trainer turns the cache off in the configuration, which checkpoints would keep.
+        model.config.use_cache = use_cache
+        for callback in (PrinterCallback, ProgressCallback):  # callbacks.py has its own
+            self.remove_callback(callback)
+        # The model divides by the tokens of the whole step that it is given.
+        self.model_accepts_loss_kwargs = True
+        self.table, self.sampler, self.batch = table, sampler, batch
+        self.artefacts, self.bad_media = artefacts, bad_media
+        self.evaluate_with = evaluate_with
+        self.meters = Meters()
+        self.losses = LossWatch(at_once=args.device.type == "cpu")
+        self._n_counted = sum(p.numel() for p in model.parameters())
+
+    # ---------------------------------------------------------------- data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader of this rank's batches; nothing shards it again."""
+        workers = self.batch.workers
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.sampler,
+            collate_fn=as_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=self.batch.prefetch if workers else None,
+            pin_memory=self.args.device.type == "cuda",
+            worker_init_fn=_start_worker,
+            # Its own, so that reading draws nothing from the numbers that training uses.
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Take batches, and note how long that took."""
+        started = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.meters.wait_s += time.perf_counter() - started
+        return batches
+
+    # ---------------------------------------------------------------- one step
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimiser over the parts' groups."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(model or self.model, self.table, self.args)
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One batch forward and backward."""
+        info: BatchInfo = inputs.pop("info")
+        check_supervised(info)
+        self.meters.add(info)
+        if self.bad_media is not None:
+            self.bad_media.update(len(info.ids), info.bad)
+        self._weights = None if set(info.weights) <= {1.0} else info.weights
+        with self._named_in_errors(info):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.losses.add(loss, info, self.state.global_step + 1)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The model's loss; samples with a weight of their own are weighted here."""
+        inputs = {**inputs, "use_cache": False}
+        weights = getattr(self, "_weights", None)
+        if weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs)
+        loss = weighted_loss(outputs.logits, inputs["labels"], weights, num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """An estimate that does not walk through the model in every step."""
+        return 6 * inputs["input_ids"].numel() * self._n_counted
+
+    @contextmanager
+    def _named_in_errors(self, info: BatchInfo) -> Iterator[None]:
+        """Remember the batch that memory ran out for."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            error.batch_info = info  # type: ignore[union-attr]  # run.py makes advice of it
+            raise
+
+    # ---------------------------------------------------------------- log and evaluation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add our figures to those of a step."""
+        if "loss" in logs:
+            self.losses.check()
+            spread = self.accelerator.gather if self.args.world_size > 1 else None
+            logs |= self.meters.take(None if spread is None else self._gathered)
+            logs |= self._learning_rates()
+        super().log(logs, start_time)
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        return self.accelerator.gather(rows.to(self.args.device)).cpu()
+
+    def _learning_rates(self) -> dict[str, float]:
+        """Of each part, where they differ."""
+        groups = self.optimizer.param_groups
+        rates = {g["name"].removesuffix(" (no decay)"): g["lr"] for g in groups if "name" in g}
+        return {f"lr/{name}": rate for name, rate in rates.items()} if len(rates) > 1 else {}
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure on held-out data."""
+        if self.evaluate_with is None:
+            return {}
+        was_training = self.model.training
+        self.model.eval()
+        metrics = self.evaluate_with(self)
+        self.model.train(was_training)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place, and rename it when it is complete."""
+        self.losses.check()  # nothing of a loss that is no number is kept
+        self.store_flos()
+        run = Path(self.args.output_dir)
+        target = run / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(target)
+        partial = run / f".{target.name}.partial-0000"
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self._write_checkpoint(partial)
+        except (RuntimeError, OSError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) or any(sign in str(error) for sign in _FULL_DISK):
+                raise CheckpointError(
+                    f"The checkpoint {target} could not be written: {error}. The checkpoints "
+                    f"before it are whole. Make room, then go on with --resume."
+                ) from error
+            raise
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            sync(partial)
+            if target.exists():  # of a run that went on from an older checkpoint
+                shutil.rmtree(target)
+            partial.rename(target)
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        place = str(folder)
+        self.save_model(place, _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(place)
+            self._save_scaler(place)
+            self._save_rng_state(place)
+        if self.args.should_save:
+            state = {**self.sampler.state_dict(), "world_size": self.args.world_size}
+            (folder / SAMPLER).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            self.state.save_to_json(str(folder / STATE))
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write the weights: a folder that loads, and what resuming needs."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        self.artefacts.write(folder, state_dict)
+        self.artefacts.write_trained(folder, state_dict)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Put a checkpoint's trained weights into the model."""
+        folder = Path(resume_from_checkpoint)
+        state = json.loads((folder / SAMPLER).read_text(encoding="utf-8"))
+        self.sampler.load_state_dict(state)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.artefacts.read(folder)
+
+
+def weighted_loss(
+    logits: Tensor, labels: Tensor, weights: tuple[float, ...], num_items: Any
+) -> Tensor:
+    """Cross entropy with a factor for each sample.
+
+    Args:
+        logits: [B, L, V]
+        labels: -100 where nothing is learned. [B, L]
+        weights: one a sample.
+        num_items: tokens of the whole step; None takes those of this batch.
+    """
+    wanted = labels[:, 1:].to(logits.device)
+    each = nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), wanted, ignore_index=IGNORE_INDEX, reduction="none"
+    )  # [B, L - 1]
+    factor = torch.tensor(weights, device=each.device, dtype=each.dtype)
+    count = (wanted != IGNORE_INDEX).sum() if num_items is None else num_items
+    return (each * factor[:, None]).sum() / count
+
+
+def sync(folder: Path) -> None:
+    """Have the system write all files of a folder to the disk."""
+    import os
+
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _start_worker(_: int) -> None:
+    """Leave Ctrl-C to the process that trains, which then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
