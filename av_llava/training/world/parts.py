@@ -198,6 +198,11 @@ class Scene:
         return bool(self.sounds)
 
     @property
+    def suffix(self) -> str:
+        """The ending of the media file's name."""
+        return ".mp4" if self.has_video else ".m4a"
+
+    @property
     def duration_s(self) -> float:
         """Length of the clip in seconds."""
         return self.settings.duration_s

@@ -30,7 +30,7 @@ _BLOCK = 1024
 
 def suffix(scene: Scene) -> str:
     """Return the file name's ending that suits a scene."""
-    return ".mp4" if scene.has_video else ".m4a"
+    return scene.suffix
 
 
 def write_clip(scene: Scene, path: str | Path) -> Path:
