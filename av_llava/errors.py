@@ -72,3 +72,14 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return UsageError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or in the machine."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # The CPU allocator of torch raises a plain RuntimeError.
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text
+    )

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from av_llava.cli.failures import is_out_of_memory
+from av_llava.checkpoints.folder import PART_FILES
 from av_llava.cli.memory import Memory, advice
 from av_llava.cli.options import ATTENTION, DTYPES, Loading, Request
-from av_llava.errors import BudgetError, CheckpointError
+from av_llava.errors import BudgetError, CheckpointError, is_out_of_memory
 
 if TYPE_CHECKING:
     from av_llava.inference import AVLlava, RequestPlan
@@ -39,7 +39,7 @@ def check_model(model: str | None) -> None:
     if path.is_file():
         raise CheckpointError(f"{model!r} is a file. Name the checkpoint's folder.")
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", *PART_FILES)):
             raise CheckpointError(
                 f"The folder {model!r} holds no config.json, so it is not a checkpoint. "
                 "Name the folder that has it."
@@ -59,6 +59,8 @@ def load(loading: Loading) -> AVLlava:
         device=loading.device,
         dtype=DTYPES[loading.dtype],
         attn_implementation=ATTENTION[loading.attn],
+        quantize=loading.quantize,
+        base=_model(loading.base),
     )
 
 
@@ -66,14 +68,15 @@ def plan(loading: Loading, media: Sequence[str], prompt: str, request: Request) 
     """Plan a request from config, tokenizer and headers, without weights."""
     from av_llava import inference
 
-    return inference.plan(_model(loading.model), list(media), prompt, **request.given())
+    model, base = _model(loading.model), _model(loading.base)
+    return inference.plan(model, list(media), prompt, base=base, **request.given())
 
 
-def describe(model: str) -> dict[str, Any]:
+def describe(model: str, base: str | None = None) -> dict[str, Any]:
     """Describe a checkpoint without loading it."""
     from av_llava import inference
 
-    return inference.describe(os.path.expanduser(model))
+    return inference.describe(os.path.expanduser(model), _model(base))
 
 
 def _model(model: str | None) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import typer
 
 from av_llava.answers import SCHEMA
-from av_llava.errors import AVLlavaError, BudgetError, DataError
+from av_llava.errors import AVLlavaError, BudgetError, DataError, is_out_of_memory
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as the shell reports a program whose reader has gone
@@ -83,17 +83,6 @@ def failure_of(error: BaseException) -> Failure:
         return Failure("BudgetError", said, BudgetError.exit_code)
     hint = "" if os.environ.get("AV_LLAVA_DEBUG") else " Set AV_LLAVA_DEBUG=1 for the traceback."
     return Failure(name, f"Unexpected {name}: {_first_line(error)}.{hint}", 1)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or in the machine."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    # The CPU allocator of torch raises a plain RuntimeError.
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "can't allocate memory" in text
-    )
 
 
 def _is_errno(error: BaseException, number: int) -> bool:
