@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from av_llava.checkpoints import hf_format
 from av_llava.checkpoints.audio_towers import encoder_tensors, read_audio_tower
 from av_llava.checkpoints.folder import CheckpointFolder, load_bin, read_json, unreadable
 from av_llava.checkpoints.shards import StoredTensor, TensorReader, stored_tensors
-from av_llava.checkpoints.towers import candidates
+from av_llava.checkpoints.towers import cached, candidates
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import CheckpointError
 from av_llava.modeling import AVLlavaForConditionalGeneration
@@ -99,7 +97,7 @@ class BaseTensors:
         if model.model.vision_tower is None or name is None or self._has(VISION):
             return
         places = candidates(name, self.folder.path)
-        found = next((p for p in places if (p / "config.json").is_file()), _cached(name))
+        found = next((p for p in places if (p / "config.json").is_file()), cached(name))
         if found is None:
             return
         self._add(VISION, [str(found)], model)
@@ -110,7 +108,7 @@ class BaseTensors:
         if model.model.audio_tower is None or name is None or self._has(AUDIO):
             return
         given = [Path(part).expanduser() for part in name.split(" + ")]
-        found = [p if p.exists() else _cached(str(p)) for p in given]
+        found = [p if p.exists() else cached(str(p)) for p in given]
         places = [str(p) for p in found if p is not None and _is_encoder(p)]
         if len(places) < len(found):
             return
@@ -172,14 +170,6 @@ def plain_names(model: AVLlavaForConditionalGeneration) -> dict[str, Tensor]:
         for name, value in model.state_dict().items()
         if ".lora_" not in name
     }
-
-
-def _cached(name: str) -> Path | None:
-    """A repository in the hub's cache; nothing is fetched."""
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
 
 
 def read_rows(stored: StoredTensor, ids: Sequence[int]) -> Tensor:

@@ -22,12 +22,13 @@ from torch import Tensor
 from av_llava.checkpoints.base import check_probe, named_tensors, probe
 from av_llava.checkpoints.convert import SHARD_BYTES, ConvertOptions, Report, parse_size
 from av_llava.checkpoints.destination import Weights, make_folder, target_dtype
-from av_llava.checkpoints.folder import CheckpointFolder, read_json
+from av_llava.checkpoints.folder import DELTA_RECORD, CheckpointFolder, read_json
 from av_llava.checkpoints.load import locate
 from av_llava.checkpoints.parts import Reference
 from av_llava.checkpoints.shards import StoredTensor, TensorReader, Transfer, stored_tensors
 from av_llava.checkpoints.source import EMBEDDING, HEAD, MULTIMODAL, UNUSED
 from av_llava.checkpoints.staging import check_destination
+from av_llava.config import is_llava_config, language_model_type
 from av_llava.errors import CheckpointError, UsageError
 from av_llava.weight_names import ignored
 
@@ -35,9 +36,8 @@ _GROWING = (EMBEDDING, HEAD)
 _NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt")
 _ROUNDINGS = 2
 """Steps of the type by which going there and back may change a value."""
-RECORD = "av_llava_delta.json"
-"""What a delta that was made here says about its base."""
 _FORMAT = 1
+_LAST_NORM, _DELTA_NORM = "model.norm.weight", 0.05
 
 
 def apply_delta(
@@ -113,21 +113,10 @@ def _convert(
     source: str | Path, destination: str | Path | None, options: ConvertOptions, sign: int
 ) -> Report:
     side = _opened(source)
-    record = _record_of(side.path) if sign > 0 else None
-    given = options.extra.get("base") or _named_base(record, side.path)
+    given = options.extra.get("base") or named_base(side.path, sign)
     if given is None:
         raise UsageError("A delta needs its base: the language model below it (--base).")
-    base = _with_head(_opened(given), side)
-    _check_unpatched(base)
-    if not any(MULTIMODAL.match(name) for name in side.tensors):
-        what = "no delta" if sign > 0 else "no target"
-        raise CheckpointError(
-            f"{side.path} holds no projector (model.mm_projector.*): it is {what} of a LLaVA "
-            f"model. Are it and the base swapped?"
-        )
-    below = named_tensors(CheckpointFolder(base.path))
-    if record is not None:
-        check_probe(record.get("probe", {}), below, side.path, base.path)
+    base = _base_below(given, side, sign)
     assert destination is not None
     check_destination(Path(destination), [side.path, base.path])
 
@@ -135,9 +124,10 @@ def _convert(
         _copy_rest(side.path, folder)
         if sign < 0:
             named = Reference.to(given, folder).to_dict()
-            data = {"format": _FORMAT, "base": named, "probe": probe(below)}
+            below = probe(named_tensors(CheckpointFolder(base.path)))
+            data = {"format": _FORMAT, "base": named, "probe": below}
             text = json.dumps(data, indent=2, sort_keys=True)
-            (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+            (folder / DELTA_RECORD).write_text(text + "\n", encoding="utf-8")
 
     dtype = target_dtype(options)
     with TensorReader() as reader:
@@ -156,6 +146,56 @@ def _convert(
             finish=finish,
             compare=lambda made: _go_back(side, base, made, sign),
         )
+
+
+def examine(folder: str | Path, base: str | Path) -> Report:
+    """How a delta and its base fit, by names and shapes; nothing is written.
+
+    Raises:
+        CheckpointError: the base is another one, patched already, or cannot be read.
+    """
+    side = _opened(folder)
+    return _report(side, _base_below(base, side, 1), 1)
+
+
+def looks_like_delta(folder: CheckpointFolder) -> bool:
+    """Whether the last norm scales by almost nothing, as only that of a difference does.
+
+    LLaVA's own deltas say nothing of themselves. Nothing is told of language models whose norms
+    store what they add to one.
+    """
+    if not is_llava_config(folder.config) or "gemma" in language_model_type(folder.config):
+        return False
+    stored = {t.name: t for t in stored_tensors(folder)}.get(_LAST_NORM)
+    if stored is None:
+        return False
+    with TensorReader() as reader:
+        return float(reader.read(stored).float().abs().mean()) < _DELTA_NORM
+
+
+def named_base(folder: Path, sign: int = 1) -> str | None:
+    """The base that a delta names; None for a target, and for deltas of LLaVA's script."""
+    record = _record_of(folder) if sign > 0 else None
+    if record is None:
+        return None
+    return Reference.from_dict(record.get("base"), folder / DELTA_RECORD).find(folder)
+
+
+def _base_below(given: str | Path, side: _Side, sign: int) -> _Side:
+    """Open the base of a delta or a target, and check that it can be one."""
+    base = _with_head(_opened(given), side)
+    _check_unpatched(base)
+    if not any(MULTIMODAL.match(name) for name in side.tensors):
+        what = "no delta" if sign > 0 else "no target"
+        raise CheckpointError(
+            f"{side.path} holds no projector (model.mm_projector.*): it is {what} of a LLaVA "
+            f"model. Are it and the base swapped?"
+        )
+    record = _record_of(side.path) if sign > 0 else None
+    if record is not None:
+        below = named_tensors(CheckpointFolder(base.path))
+        check_probe(record.get("probe", {}), below, side.path, base.path)
+    return base
 
 
 @dataclass(frozen=True)
@@ -183,20 +223,15 @@ def _with_head(base: _Side, side: _Side) -> _Side:
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
     """What a delta says about its base; None for those of LLaVA's script."""
-    if not (folder / RECORD).is_file():
+    if not (folder / DELTA_RECORD).is_file():
         return None
-    data = read_json(folder / RECORD)
+    data = read_json(folder / DELTA_RECORD)
     if data.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{folder / RECORD} has format {data.get('format')!r}; this release reads {_FORMAT}."
+            f"{folder / DELTA_RECORD} has format {data.get('format')!r}; this release reads "
+            f"{_FORMAT}."
         )
     return data
-
-
-def _named_base(record: Mapping[str, Any] | None, folder: Path) -> str | None:
-    if record is None:
-        return None
-    return Reference.from_dict(record.get("base"), folder / RECORD).find(folder)
 
 
 def _check_unpatched(base: _Side) -> None:
@@ -316,7 +351,7 @@ def _go_back(side: _Side, base: _Side, made: Path, sign: int) -> float:
 def _copy_rest(source: Path, folder: Path) -> None:
     """Copy configuration, tokenizer and what else lies in the folder, but no weights."""
     weights = {file for pattern in _NOT_COPIED for file in source.glob(pattern)}
-    weights.add(source / RECORD)
+    weights.add(source / DELTA_RECORD)
     files = [p for p in sorted(source.iterdir()) if p.is_file() and p not in weights]
     for file in sorted(files, key=lambda p: p.name == "config.json"):
         shutil.copyfile(file, folder / file.name)

@@ -29,6 +29,19 @@ _PARTS = {
     "mm_projector.bin": "It is only a projector: load the full checkpoint that it belongs to.",
 }
 
+PART_FILES = (
+    "mm_projector.safetensors",
+    "mm_projector.bin",
+    "non_lora_trainables.safetensors",
+    "non_lora_trainables.bin",
+    "multimodal.safetensors",
+    "adapter_config.json",
+    "av_llava_adapter.json",
+)
+"""Any of them, without whole weights, makes a folder one with parts of a model (:mod:`parts`)."""
+DELTA_RECORD = "av_llava_delta.json"
+"""What a delta that was made here says about its base."""
+
 # What reading a damaged pickle can end in.
 _PICKLE_FAULTS = (
     pickle.UnpicklingError,
@@ -149,6 +162,20 @@ class CheckpointFolder:
     def has(self, prefix: str) -> bool:
         """Whether a tensor's name starts with ``prefix``."""
         return any(k.startswith(prefix) for k in self.keys)
+
+
+def refuse_delta(folder: CheckpointFolder) -> None:
+    """Raise for a folder that says that it holds a delta: its weights alone mean nothing.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if folder.holds(DELTA_RECORD):
+        raise CheckpointError(
+            f"{folder.path} holds a delta ({DELTA_RECORD}), the difference of a checkpoint from "
+            f"its base. Make the checkpoint first: av-llava convert apply-delta {folder.path} "
+            f"DESTINATION."
+        )
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -23,7 +23,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from av_llava.budgeting import frames_that_fit
 from av_llava.checkpoints import hf_format
-from av_llava.checkpoints.folder import CheckpointFolder, read_json, sentence, unreadable
+from av_llava.checkpoints.folder import (
+    CheckpointFolder,
+    read_json,
+    refuse_delta,
+    sentence,
+    unreadable,
+)
 from av_llava.checkpoints.needed import empty_model
 from av_llava.checkpoints.overwrite import overwritten
 from av_llava.checkpoints.quantize import (
@@ -136,6 +142,7 @@ def load_checkpoint(
     check_scheme(quantize)
     target = resolve_device(device)
     folder = locate(path)
+    refuse_delta(folder)
     folder.check_files()
     if folder.holds("adapter_config.json"):
         # transformers would attach it without a word.
@@ -247,9 +254,21 @@ def blamed_on(
 
 
 def read_config(
-    folder: CheckpointFolder, overwrite: Mapping[str, Any] | None = None
+    folder: CheckpointFolder,
+    overwrite: Mapping[str, Any] | None = None,
+    *,
+    need_tower: bool = True,
 ) -> tuple[AVLlavaConfig, Tower | None]:
-    """The configuration of a folder, and its vision tower when the folder only names it."""
+    """The configuration of a folder, and its vision tower when the folder only names it.
+
+    Args:
+        folder: of the checkpoint.
+        overwrite: values of its config.json to change.
+        need_tower: the tower's weights have to be at hand; False is content to know what it is.
+
+    Raises:
+        CheckpointError: config.json is wrong or of another kind of model, or the tower is nowhere.
+    """
     data = overwritten(folder.config, overwrite)
     with blamed_on(folder, overwrite):
         _check_dtype(data)
@@ -263,7 +282,7 @@ def read_config(
         inside = Tower("inside the checkpoint", None, config.vision_config, pixels)
         return _with_preprocessor(config, inside), None
     if is_llava_config(data):
-        return _read_llava(folder, data, overwrite)
+        return _read_llava(folder, data, overwrite, need_tower)
     raise CheckpointError(
         f"{folder.path / 'config.json'} (model_type {data.get('model_type')!r}) is not a "
         f"checkpoint of the LLaVA family: it names no vision tower (mm_vision_tower)."
@@ -280,14 +299,18 @@ def _check_dtype(data: Mapping[str, Any]) -> None:
 
 
 def _read_llava(
-    folder: CheckpointFolder, data: dict[str, Any], overwrite: Mapping[str, Any] | None
+    folder: CheckpointFolder,
+    data: dict[str, Any],
+    overwrite: Mapping[str, Any] | None,
+    need_tower: bool,
 ) -> tuple[AVLlavaConfig, Tower | None]:
     """The configuration of a folder in LLaVA's own layout, and its tower."""
     with blamed_on(folder, overwrite):
         name = tower_name(data)
     tower = None
     if name is not None:
-        tower = find_tower(name, folder.path, weights=not _has_vision_tower(folder))
+        beside = need_tower and not _has_vision_tower(folder)
+        tower = find_tower(name, folder.path, weights=beside)
     if "tie_word_embeddings" not in data:  # transformers 4 leaves it out where it is the default
         data["tie_word_embeddings"] = not folder.has("lm_head.")
     with blamed_on(folder, overwrite):

@@ -136,7 +136,7 @@ def attach_lora(model: AVLlavaForConditionalGeneration, lora: Lora, *, merge: bo
     Raises:
         CheckpointError: its modules or shapes are not the model's, or it cannot be merged.
     """
-    _check_fit(model, lora)
+    check_fit(model, lora)
     if merge:
         check_untied(model, lora)
     config = LoraConfig(target_modules=lora.modules, inference_mode=True, **lora.settings)
@@ -198,7 +198,12 @@ def _take_types(model: torch.nn.Module, lora: Lora) -> None:
                 parameter.data = parameter.data.to(stored.dtype)
 
 
-def _check_fit(model: torch.nn.Module, lora: Lora) -> None:
+def check_fit(model: torch.nn.Module, lora: Lora) -> None:
+    """Raise unless a LoRA's modules and shapes are those of a model, which may be without values.
+
+    Raises:
+        CheckpointError: they are not.
+    """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     linear = {
         n: (m.in_features, m.out_features)
@@ -284,7 +289,7 @@ def layers_of(lora: Lora, model: torch.nn.Module) -> dict[str, LoraLayer]:
         CheckpointError: a module that the model lacks, another shape, or a kind of module that
             cannot be merged tensor by tensor.
     """
-    _check_fit(model, lora)
+    check_fit(model, lora)
     layers = {name: LoraLayer(name) for name in lora.modules}
     for key, value in lora.state.items():
         match = _split(key, lora.file)

@@ -29,7 +29,7 @@ from av_llava.checkpoints.base import (
     with_rows,
 )
 from av_llava.checkpoints.ears import fill_tower, read_tower
-from av_llava.checkpoints.folder import CheckpointFolder
+from av_llava.checkpoints.folder import CheckpointFolder, refuse_delta
 from av_llava.checkpoints.load import (
     Loaded,
     blamed_on,
@@ -124,8 +124,12 @@ def open_partial(
     path: str | Path,
     base: str | Path | None = None,
     overwrite_config: Mapping[str, Any] | None = None,
+    *,
+    need_tower: bool = True,
 ) -> Opened:
     """Open a folder with its base; no weights are read but a few of the base.
+
+    Arguments as for :func:`load_partial`; ``need_tower`` as for :func:`read_config`.
 
     Raises:
         CheckpointError: no base, another base, or a configuration that does not fit it.
@@ -138,7 +142,7 @@ def open_partial(
     if folder.record is not None:
         check_probe(folder.record.get("probe", {}), tensors, folder.path, under.path)
     described = folder if folder.holds("config.json") else PartialFolder(under.path, base=under)
-    config, tower = read_config(described, overwrite_config)
+    config, tower = read_config(described, overwrite_config, need_tower=need_tower)
     tokenizer_at = parts if parts.holds("tokenizer_config.json") else under
     known = vocabulary_rows(tensors)
     wanted = int(config.text_config.vocab_size)
@@ -297,6 +301,7 @@ def load_any(
     folder = locate(path)
     if is_partial(folder):
         return load_partial(path, base, merge=merge, **options)
+    refuse_delta(folder)
     if base is not None:
         raise CheckpointError(
             f"{folder.path} holds a whole model, so it stands on no base: leave out {str(base)!r}."

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from av_llava.checkpoints.folder import (
+    PART_FILES,
     CheckpointFolder,
     load_bin,
     read_json,
@@ -193,8 +194,7 @@ class PartialFolder(CheckpointFolder):
 
 def is_partial(folder: CheckpointFolder) -> bool:
     """Whether a folder needs a base: it holds parts, but no whole model."""
-    parts = (*_PROJECTOR_FILES, *_OTHER_FILES, ADAPTER_CONFIG, RECORD)
-    return any(map(folder.holds, parts)) and not any(map(folder.holds, _WHOLE))
+    return any(map(folder.holds, PART_FILES)) and not any(map(folder.holds, _WHOLE))
 
 
 def is_lora_key(key: str) -> bool:
@@ -235,7 +235,7 @@ def base_of(parts: PartialFolder, base: str | Path | None) -> tuple[str, Checkpo
     Raises:
         CheckpointError: none is known, it cannot be found, or it is itself only parts of a model.
     """
-    name = str(base) if base is not None else _named_base(parts)
+    name = str(base) if base is not None else named_base(parts)
     if name is None:
         raise CheckpointError(
             f"{parts.path} holds only parts of a model (an adapter or a projector) and names no "
@@ -259,7 +259,7 @@ def base_of(parts: PartialFolder, base: str | Path | None) -> tuple[str, Checkpo
     return name, folder
 
 
-def _named_base(parts: PartialFolder) -> str | None:
+def named_base(parts: PartialFolder) -> str | None:
     """The base that a folder names, as a path that exists, if there is one."""
     if parts.record is not None:
         where = parts.path / RECORD

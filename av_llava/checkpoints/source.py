@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from av_llava.checkpoints import hf_format
 from av_llava.checkpoints.convert import Report
-from av_llava.checkpoints.folder import CheckpointFolder
+from av_llava.checkpoints.folder import CheckpointFolder, refuse_delta
 from av_llava.checkpoints.load import locate, read_config
 from av_llava.checkpoints.needed import empty_model, shapes_of, without_senses
 from av_llava.checkpoints.quantize import stored_scheme
@@ -98,7 +98,10 @@ class Source:
         Raises:
             CheckpointError: the tower is not at hand or does not fit.
         """
-        config, tower = read_config(self.folder)
+        return self.assembled(*read_config(self.folder))
+
+    def assembled(self, config: AVLlavaConfig, tower: Tower | None) -> CompleteSource:
+        """As :meth:`complete`, with what :func:`read_config` gave."""
         model = empty_model(config)
         tensors = dict(self.tensors)
         if self.is_flat and tower is not None and not self.holds_vision_tower:
@@ -164,6 +167,7 @@ def open_source(path: str | Path) -> Source:
         CheckpointError: it cannot be read completely, or two tensors have one name.
     """
     folder = locate(path)
+    refuse_delta(folder)
     folder.check_files()
     stored_in = stored_scheme(folder)
     if stored_in is not None:

@@ -133,6 +133,14 @@ def fetch(name: str) -> Path:
         ) from error
 
 
+def cached(name: str) -> Path | None:
+    """A repository in the hub's cache; nothing is fetched."""
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+
+
 def _home(name: str) -> Path:
     """A path that begins with ``~``; as it is when there is no such user."""
     try:

@@ -81,6 +81,8 @@ def command(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     attn: o.Attn = "auto",
+    quantize: o.Quantize = None,
+    base: o.Base = None,
     frames: o.Frames = None,
     fps: o.Fps = None,
     start: o.Start = None,
@@ -110,7 +112,7 @@ def command(
     """
     output = Output(quiet=quiet)
     configure_logging(verbose, output)
-    loading = Loading(model, device, dtype, attn)
+    loading = Loading(model, device, dtype, attn, quantize, base)
     request = Request(
         frames=frames,
         fps=fps,

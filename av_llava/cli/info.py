@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from av_llava.answers import SCHEMA
+from av_llava.checkpoints.folder import PART_FILES
 from av_llava.cli import engine, inputs
 from av_llava.cli import options as o
 from av_llava.cli.output import Output, configure_logging
@@ -23,6 +24,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 def command(
     target: Annotated[str | None, typer.Argument(hidden=True)] = None,
+    base: o.Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: o.Verbose = 0,
 ) -> int:
@@ -31,9 +33,11 @@ def command(
     \b
     av-llava info clip.mp4
     av-llava info checkpoints/my-model
+    av-llava info checkpoints/my-lora --base checkpoints/vicuna-7b
 
     TARGET is a medium (file, folder of frames, http address) or a checkpoint (folder, hub id). Of a
-    file only the header is read; of a checkpoint, no weights are loaded.
+    file only the header is read; of a checkpoint, no weights are loaded. The exit code is 4 if
+    something stands in the way of loading it.
     """
     output = Output(as_json)
     configure_logging(verbose, output)
@@ -41,14 +45,16 @@ def command(
         raise UsageError("Name a medium or a checkpoint: av-llava info clip.mp4")
     if is_model(target):
         engine.check_model(target)
-        data = {"kind": "model", **engine.describe(target)}
+        data = {"kind": "model", **engine.describe(target, base)}
+    elif base is not None:
+        raise UsageError(f"--base goes with a checkpoint, and {target!r} is none.")
     else:
         data = of_media(target)
     if as_json:
         output.data({"schema": SCHEMA, **data})
     else:
         output.answer("\n".join(table(data)))
-    return 0
+    return CheckpointError.exit_code if data.get("problems") else 0
 
 
 def is_model(target: str) -> bool:
@@ -59,7 +65,7 @@ def is_model(target: str) -> bool:
     """
     path = Path(target).expanduser()
     if path.is_dir():
-        if (path / "config.json").is_file():
+        if any((path / name).is_file() for name in ("config.json", *PART_FILES)):
             return True
         if any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
             raise CheckpointError(f"The folder {target!r} holds weights but no config.json.")
@@ -79,12 +85,15 @@ def of_media(target: str) -> dict[str, Any]:
 
 def table(data: dict[str, Any], indent: str = "") -> list[str]:
     """Lay out nested data as aligned lines of name and value; what is unknown is left out."""
-    shown = {k: v for k, v in data.items() if v is not None and v != {}}
+    hidden = [k for k in _SENTENCES if not data.get(k)]
+    shown = {k: v for k, v in data.items() if v is not None and v != {} and k not in hidden}
     width = max((len(_title(k)) for k in shown), default=0)
     lines = []
     for key, value in shown.items():
         if isinstance(value, dict):
             lines += [f"{indent}{_title(key)}", *table(value, indent + "  ")]
+        elif key in _SENTENCES:
+            lines += [f"{indent}{_title(key)}", *(f"{indent}  {sentence}" for sentence in value)]
         elif isinstance(value, (list, tuple)) and any(isinstance(v, dict) for v in value):
             lines.append(f"{indent}{_title(key)}")
             for item in value:
@@ -94,6 +103,7 @@ def table(data: dict[str, Any], indent: str = "") -> list[str]:
     return lines
 
 
+_SENTENCES = ("problems", "notes")
 _UNITS = {"_s": "s", "_hz": "Hz", "_bytes": "bytes"}
 
 

@@ -6,6 +6,7 @@ flag that was not given stays None, which leaves the model's own setting.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from av_llava.errors import UsageError, unknown_name
+from av_llava.errors import MissingExtraError, UsageError, unknown_name
 from av_llava.settings import SamplingSettings
 
 DTYPES = {
@@ -32,6 +33,11 @@ ATTENTION = {
     "eager": "eager",
     "flash": "flash_attention_2",
     "flash_attention_2": "flash_attention_2",
+}
+SCHEMES = {  # each with its package and the extra that installs it
+    "4bit": ("bitsandbytes", "quant"),
+    "8bit": ("bitsandbytes", "quant"),
+    "int8": ("torchao", "torchao"),
 }
 DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps")
 
@@ -88,6 +94,22 @@ Attn = Annotated[
     str,
     typer.Option(
         "--attn", metavar="NAME", help="Attention: auto, sdpa, eager or flash_attention_2."
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="SCHEME",
+        help="Keep the language model's layers in 4bit or 8bit (bitsandbytes) or int8 (torchao).",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="PATH|ID",
+        help="What an adapter, a LoRA or a projector stands on, where its folder does not say.",
     ),
 ]
 Frames = Annotated[
@@ -278,12 +300,33 @@ class Loading:
     device: str = "auto"
     dtype: str = "auto"
     attn: str = "auto"
+    quantize: str | None = None
+    base: str | None = None
 
     def check(self) -> None:
-        """Raise UsageError for an unknown device, dtype or attention."""
+        """Say what is wrong with these names, before anything is loaded.
+
+        Raises:
+            UsageError: an unknown device, dtype, attention or scheme, or one without a model.
+            MissingExtraError: the package of a scheme is not installed.
+        """
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise unknown_name("device", self.device, DEVICES)
         if self.dtype not in DTYPES:
             raise unknown_name("dtype", self.dtype, DTYPES)
         if self.attn not in ATTENTION:
             raise unknown_name("attention", self.attn, ATTENTION)
+        for flag, value in (("--quantize", self.quantize), ("--base", self.base)):
+            if value is not None and self.model is None:
+                raise UsageError(f"{flag} goes with --model; the built-in model takes none.")
+        if self.quantize is not None:
+            _check_scheme(self.quantize)
+
+
+def _check_scheme(name: str) -> None:
+    """Whether a scheme is known and its package there, without importing it."""
+    if name not in SCHEMES:
+        raise unknown_name("quantization", name, SCHEMES)
+    package, extra = SCHEMES[name]
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(package, extra, f"--quantize {name}")

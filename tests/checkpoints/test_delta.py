@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from av_llava.checkpoints import delta as deltas
 from av_llava.checkpoints.convert import convert
 from av_llava.checkpoints.delta import apply_delta, make_delta, shifted
+from av_llava.checkpoints.folder import DELTA_RECORD
 from av_llava.checkpoints.load import load_checkpoint
 from av_llava.cli import main as cli
 from av_llava.errors import CheckpointError, UsageError
@@ -87,7 +88,7 @@ def test_there_and_back_gives_the_target_within_rounding(reference):
     make_delta(place / "base", place / "target", place / "there", shard_size="50kB")
     assert len(list((place / "there").glob("*.safetensors"))) > 1
     convert("apply-delta", place / "there", place / "back")  # knows its base
-    assert not (place / "back" / deltas.RECORD).exists()
+    assert not (place / "back" / DELTA_RECORD).exists()
     for name, value in tensors(place / "back").items():
         torch.testing.assert_close(value, parts["target"][name], atol=1e-7, rtol=1e-6)
     assert fingerprint(place / "base") | fingerprint(place / "target") == before
@@ -222,8 +223,8 @@ def test_another_base_of_the_same_shapes_is_recognised_by_deltas_made_here(refer
     convert("apply-delta", place / "made", place / "yes", base=str(place / "moved"))
     with pytest.raises(UsageError, match="--base"):
         convert("apply-delta", place / "delta", place / "no")
-    edit_record = json.loads((place / "made" / deltas.RECORD).read_text()) | {"format": 7}
-    (place / "made" / deltas.RECORD).write_text(json.dumps(edit_record))
+    edit_record = json.loads((place / "made" / DELTA_RECORD).read_text()) | {"format": 7}
+    (place / "made" / DELTA_RECORD).write_text(json.dumps(edit_record))
     with pytest.raises(CheckpointError, match="format 7"):
         convert("apply-delta", place / "made", place / "no", base=str(place / "moved"))
 

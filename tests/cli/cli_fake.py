@@ -118,7 +118,7 @@ def install(patch: Any = setattr) -> FakeModel:
     model = FakeModel()
     patch(engine, "load", lambda loading: model)
     patch(engine, "plan", lambda *request: model.log(plan=True))
-    patch(engine, "describe", lambda path: {"name": path, "parameters": 7})
+    patch(engine, "describe", lambda path, base=None: {"name": path, "parameters": 7})
     return model
 
 

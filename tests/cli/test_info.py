@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from clips import make_clip
+from golden_data import golden
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from av_llava.answers import SCHEMA
+from av_llava.checkpoints.folder import PART_FILES
 from av_llava.cli.info import is_model, table
 from av_llava.errors import CheckpointError
 
@@ -67,11 +71,49 @@ def test_what_is_a_model(tmp_path: Path, clip: str) -> None:
     assert is_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", PART_FILES)
+def test_a_folder_of_parts_is_a_model(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    assert is_model(str(tmp_path))
+
+
 def test_a_model_is_described(cli_run, model, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     data = cli_run("info", str(tmp_path), "--json").json
     assert data["kind"] == "model" and data["parameters"] == 7
     assert "parameters" in cli_run("info", str(tmp_path)).out
+
+
+def test_a_projector_with_and_without_its_base(cli_run) -> None:
+    case = golden("llava/layout_mm_projector_only")
+    folder, base = str(case / "checkpoint"), str(case / "base")
+    done = cli_run("info", folder)
+    assert done.code == 0 and "a projector" in done.out
+    assert "\nnotes\n  The folder does not name" in done.out and "problems" not in done.out
+    data = cli_run("info", folder, "--base", base, "--json").json
+    assert data["base"] == base and data["missing"] == [] and data["problems"] == []
+    assert data["vision_tower"]["weights"] == str(case / "vision_tower")
+
+
+def test_what_stands_in_the_way_ends_with_4(cli_run, tmp_path: Path) -> None:
+    case = golden("llava/v15_flat_batch3_right")
+    shutil.copytree(case, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "checkpoint" / "model.safetensors"
+    state = load_file(file)
+    del state["model.mm_projector.0.bias"]
+    save_file(state, file)
+    done = cli_run("info", str(tmp_path / "checkpoint"))
+    assert done.code == 4 and "\nproblems\n" in done.out and "mm_projector.0.bias" in done.out
+    data = cli_run("info", str(tmp_path / "checkpoint"), "--json").json
+    assert data["missing"] == ["model.mm_projector.0.bias"] and len(data["problems"]) == 1
+    file.write_bytes(file.read_bytes()[:-100])
+    done = cli_run("info", str(tmp_path / "checkpoint"), "--json")
+    assert done.code == 4 and str(file) in done.json["error"]["message"]
+
+
+def test_a_base_belongs_to_a_checkpoint(cli_run, clip: str) -> None:
+    done = cli_run("info", clip, "--base", "somewhere")
+    assert done.code == 2 and "--base" in done.err
 
 
 def test_tables_leave_out_what_is_unknown() -> None:
@@ -83,3 +125,5 @@ def test_tables_leave_out_what_is_unknown() -> None:
     }
     assert table(data) == ["a  1.5 s", "c", "  d  1,000", "  e  none", "f", "  g  yes", "  g  no"]
     assert table({"missing": ["x", "y"]}) == ["missing  x, y"]
+    told = {"problems": ["It is gone.", "So is that."], "notes": []}
+    assert table(told) == ["problems", "  It is gone.", "  So is that."]

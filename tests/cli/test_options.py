@@ -9,8 +9,9 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from av_llava.cli.options import ATTENTION, DTYPES, Loading, Request, parse_time
-from av_llava.errors import UsageError
+from av_llava.checkpoints import quantize
+from av_llava.cli.options import ATTENTION, DTYPES, SCHEMES, Loading, Request, parse_time
+from av_llava.errors import MissingExtraError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -104,10 +105,37 @@ def test_devices(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"device": "gpu"}, {"device": "cuda:x"}, {"dtype": "int8"}, {"attn": "flash3"}]
+    "values",
+    [
+        {"device": "gpu"},
+        {"device": "cuda:x"},
+        {"dtype": "int8"},
+        {"attn": "flash3"},
+        {"model": "m", "quantize": "nf4"},
+    ],
 )
 def test_unknown_names(values: dict) -> None:
     with pytest.raises(UsageError, match="Unknown"):
+        Loading(**values).check()
+
+
+def test_schemes_are_those_of_the_library() -> None:
+    library = quantize.SCHEMES.items()
+    assert {name: (s.package, s.extra) for name, s in library} == SCHEMES
+
+
+def test_a_missing_package_comes_with_the_command_that_installs_it(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for scheme, (package, extra) in SCHEMES.items():
+        with pytest.raises(MissingExtraError) as caught:
+            Loading("model", quantize=scheme).check()
+        assert caught.value.exit_code == 6 and package in str(caught.value)
+        assert f'pip install "av-llava[{extra}]"' in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [{"quantize": "4bit"}, {"base": "somewhere"}])
+def test_what_needs_a_model(values: dict) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(values))} goes with --model"):
         Loading(**values).check()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, program
+from golden_data import golden
 
 from av_llava.answers import SCHEMA
 
@@ -53,6 +54,8 @@ def test_cheap_errors_import_nothing_heavy(clip: str, tmp_path: Path) -> None:
         (4, ["ask", clip, "What?", "-m", str(model)]),
         (4, ["ask", clip, "What?", "-m", "./nowhere/at/all"]),
         (4, ["info", str(weights)]),
+        (2, ["ask", clip, "What?", "-m", str(weights), "--quantize", "3bit"]),
+        (2, ["chat", "--quantize", "4bit"]),
         (7, ["ask", "--batch", str(tmp_path / "rows.jsonl")]),
     ]
     done = subprocess.run(
@@ -208,6 +211,23 @@ def test_a_model_is_described(cli_run, checkpoint: str) -> None:
     assert data["kind"] == "model" and data["missing"] == [] and data["unexpected"] == []
     assert data["vision_tower"]["parameters"] > 0 and data["audio_tower"]["parameters"] > 0
     assert cli_run("info", checkpoint).out.count("parameters") == 4
+
+
+@pytest.mark.parametrize("scheme", ["4bit", "8bit", "int8"])
+def test_a_quantised_model_answers(cli_run, checkpoint: str, scheme: str) -> None:
+    words = ["-m", checkpoint, "--quantize", scheme, "--max-tokens", "3", "--json"]
+    done = cli_run("ask", "Who?", *words)
+    assert done.code == 0, done.err
+    assert done.json["dtype"] == "bfloat16" and done.json["usage"]["completion_tokens"] > 0
+
+
+def test_parts_and_their_base_answer(cli_run) -> None:
+    case = golden("llava/layout_mm_projector_only")
+    words = ["-m", str(case / "checkpoint"), "--max-tokens", "3", "--json"]
+    done = cli_run("ask", "Who?", *words)
+    assert done.code == 4 and "--base" in done.json["error"]["message"]
+    done = cli_run("ask", "Who?", *words, "--base", str(case / "base"))
+    assert done.code == 0 and done.json["usage"]["completion_tokens"] > 0, done.err
 
 
 def test_an_unfit_checkpoint_is_a_checkpoint_error(cli_run, clip, checkpoint, tmp_path) -> None:
