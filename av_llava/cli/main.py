@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import av_llava
-from av_llava.cli import ask, chat, convert, doctor, info, train
+from av_llava.cli import ask, chat, convert, data, doctor, info, train
 from av_llava.cli.failures import BROKEN_PIPE, INTERRUPTED, CliError, attempt, failure_of
 from av_llava.cli.options import usage
 from av_llava.cli.output import discard_stdout, make_output_safe, report
@@ -74,6 +74,7 @@ app.command("info", cls=usage("TARGET"))(_guarded(info.command))
 app.command("doctor")(_guarded(doctor.command))
 app.command("train", cls=usage("RECIPE", "[KEY=VALUE]..."))(_guarded(train.command))
 app.add_typer(convert.group(_guarded))
+app.add_typer(data.group(_guarded))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
