@@ -1,0 +1,111 @@
+"""WorldSense: films whose questions need sound and picture together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from av_llava.errors import DataError
+from av_llava_eval.annotations import find_file, find_medium, read_rows
+from av_llava_eval.choices import ChoiceTask, by_letter, first_per_question, lettered
+from av_llava_eval.mcq import strip_letters
+from av_llava_eval.points import Record, points
+from av_llava_eval.reading import lmms
+from av_llava_eval.sample import Prediction, Sample
+from av_llava_eval.subtitles import lmms_plain_lines, read_srt
+from av_llava_eval.task import Doc, register
+
+_SYSTEM = (
+    "Carefully watch this video and pay attention to every detail. Based on your observations, "
+    "select the best option that accurately addresses the question."
+)
+_SOUND = "These are the frames of a video and the corresponding audio. "
+_FRAMES = "These are the frames of a video. "
+_SELECT = (
+    "Select the best answer to the following multiple-choice question based on the video. Respond "
+    "with only the letter (A, B, C, or D) of the correct option."
+)
+
+
+@register
+class WorldSense(ChoiceTask):
+    """Three or four options, 26 kinds of questions, eight domains."""
+
+    name = "worldsense"
+    title = "WorldSense"
+    needs: ClassVar[tuple[str, ...]] = (
+        "worldsense_qa.json, *.jsonl or test-*.parquet",
+        "videos/VIDEO.mp4",
+    )
+    groupings = ("task_type", "task_domain", "duration", "audio_class")
+    hears = True
+
+    def docs(self, root: Path, split: str) -> Iterable[Doc]:
+        """Rows of the file."""
+        patterns = ("worldsense*.json*", "*test-*.parquet", "*/test-*.parquet")
+        return read_rows(find_file(root, *patterns))
+
+    def sample(self, doc: Doc, index: int, root: Path) -> Sample:
+        """Media are given with their folders."""
+        return Sample(
+            id=str(doc["index"]),
+            group=str(doc.get("video", doc["video_path"])),
+            question=doc["question"],
+            options=strip_letters(doc["candidates"]),
+            answer=doc["answer"],
+            video=find_medium(root, ("", "videos"), doc["video_path"]),
+            subtitles=root / doc["subtitle_path"] if doc.get("subtitle_path") else None,
+            meta={
+                **{f: doc[f] for f in self.groupings},
+                "category": doc["task_type"],
+                "question_id": str(doc["index"]),
+            },
+        )
+
+    def lmms_prompt(self, sample: Sample) -> str:
+        """Always speaks of four letters."""
+        lines = lettered(sample.options or ())
+        return "\n".join([_SYSTEM, _SOUND + _SELECT, sample.question, *lines, ""])
+
+    def lmms_extract(self, text: str, sample: Sample) -> Prediction:
+        """Any capital A to D in any word; "A" where there is none."""
+        return lmms.any_letter(text, by_letter(sample.options or ()))
+
+    def compat_metrics(self, records: Sequence[Record], compat: str) -> dict[str, Any]:
+        """Only the first record of a question counts there."""
+        kept = first_per_question(records)
+        mean = sum(map(points, kept)) / len(kept) if kept else 0.0
+        return {"worldsense_score": 100 * mean}
+
+
+@register
+class WorldSenseWithSubtitles(WorldSense):
+    """Subtitles instead of sound."""
+
+    name = "worldsense_w_subtitle"
+    title = "WorldSense with subtitles"
+    needs = (*WorldSense.needs, "subtitles/VIDEO.srt")
+    hears = False
+
+    def prompt(self, sample: Sample, style: str = "default") -> str:
+        """All lines; in the style ``lmms`` those that 32 even frames show."""
+        file = sample.subtitles
+        lines = read_srt(file) if file is not None and file.exists() else []
+        if style == "lmms":
+            said = self._seen(sample) if lines else "No subtitles available"
+            block = f'{_FRAMES}This video\'s subtitles are listed below:\n"{said}"\n{_SELECT}'
+            options = lettered(sample.options or ())
+            return "\n".join([_SYSTEM, block, sample.question, *options, ""])
+        said = "\n".join(x.text for x in lines if x.text)
+        question = super().prompt(sample, style)
+        return f"The video's subtitles are:\n{said}\n\n{question}" if said else question
+
+    def _seen(self, sample: Sample) -> str:
+        from av_llava.media import probe
+
+        assert sample.subtitles is not None and sample.video is not None
+        film = probe(sample.video).video
+        if film is None or not film.avg_fps or not film.n_frames:
+            raise DataError(f"{sample.video} does not say how many frames it has.")
+        return lmms_plain_lines(read_srt(sample.subtitles), film.avg_fps, film.n_frames)
