@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 POLICIES = ("replace", "error")
 # Replacements come from so many samples of about the same length.
 _NEIGHBOURS = 256
+# Fewer than this, and longer ones are taken, too.
+_FEWEST = 16
 
 
 @dataclass(frozen=True)
@@ -78,48 +80,57 @@ class BadMedium:
 
 
 class Replacements:
-    """Chooses what takes the place of a sample.
+    """Chooses what takes the place of a sample, in one epoch.
 
     Args:
         modality: code of each sample's modality. uint8 [n]
-        lengths: tokens of each sample. [n]
-        usable: False for samples that are known to be unreadable. bool [n]
-        seed: of the run.
+        lengths: tokens of each sample; 0 where nothing is known. [n]
+        seed, epoch: of the run.
     """
 
-    def __init__(
-        self, modality: np.ndarray, lengths: np.ndarray, usable: np.ndarray, seed: int
-    ) -> None:
-        self.seed = seed
+    def __init__(self, modality: np.ndarray, lengths: np.ndarray, seed: int, epoch: int) -> None:
+        self.seed, self.epoch = seed, epoch
         self._modality, self._lengths = modality, lengths
         order = np.lexsort((lengths, modality))
-        self._order = order[usable[order]].astype(np.int64)
+        self._order = order[lengths[order] > 0].astype(np.int64)
         self._codes = modality[self._order]
         self._sorted = lengths[self._order]
 
-    def candidates(self, index: int) -> np.ndarray:
-        """Samples of the same modality, not longer if there are enough of them. int64 [k]"""
-        first = np.searchsorted(self._codes, self._modality[index], side="left")
-        stop = np.searchsorted(self._codes, self._modality[index], side="right")
-        end = first + np.searchsorted(self._sorted[first:stop], self._lengths[index], side="right")
-        low = max(first, end - _NEIGHBOURS)
-        high = min(stop, max(end, low + min(_NEIGHBOURS, 16)))
-        found = self._order[low:high]
-        return found[found != index]
-
-    def choose(self, index: int, epoch: int, attempt: int) -> int | None:
+    def choose(self, index: int, attempt: int = 0, limit: int | None = None) -> int | None:
         """The sample that takes the place of another one, or None when there is none left.
 
         Args:
             index: the sample that cannot be read.
-            epoch: of the run.
             attempt: 0, then 1 if that one cannot be read either, and so on.
+            limit: tokens that it should not exceed, so that the batch keeps its budget; the
+                shortest samples may, where nothing else is left.
         """
-        found = self.candidates(index)
+        found = self._candidates(index, limit)
         if attempt >= len(found):
             return None
-        keys = hashed(self.seed, epoch, found, f"replacement of {index}")
+        keys = hashed(self.seed, self.epoch, found, f"replacement of {index}")
         return int(found[np.argsort(keys, kind="stable")[attempt]])
+
+    def _candidates(self, index: int, limit: int | None) -> np.ndarray:
+        """Samples of the same modality and about the same length, or shorter. int64 [k]"""
+        first = int(np.searchsorted(self._codes, self._modality[index], side="left"))
+        stop = int(np.searchsorted(self._codes, self._modality[index], side="right"))
+        length = self._lengths[index]
+        if length > 0:
+            end = first + int(np.searchsorted(self._sorted[first:stop], length, side="right"))
+        else:
+            drawn = int(hashed(self.seed, self.epoch, index, "place of an unknown length")[0])
+            end = first + 1 + drawn % max(1, stop - first)
+        low = max(first, end - _NEIGHBOURS)
+        window = slice(low, min(stop, max(end, low + _FEWEST)))
+        keep = self._order[window] != index
+        if limit is not None:
+            fits = keep & (self._sorted[window] <= limit)
+            if not fits.any():
+                window = slice(first, min(stop, first + _FEWEST))
+                fits = self._order[window] != index
+            keep = fits
+        return self._order[window][keep]
 
 
 class Quarantine:

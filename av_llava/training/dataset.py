@@ -13,8 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -36,11 +35,11 @@ from av_llava.training.collate import (
     pad_token_id,
     resident_bytes,
 )
+from av_llava.training.fitting import with_fewer_frames
+from av_llava.training.index import LengthIndex
+from av_llava.training.modality_dropout import ModalityDropout, in_form, modality_in_form
 from av_llava.training.samples import Sample
-
-if TYPE_CHECKING:
-    from av_llava.training.index import LengthIndex
-    from av_llava.training.store import SampleStore
+from av_llava.training.store import SampleStore
 
 TOO_LONG = ("error", "trim")
 
@@ -54,12 +53,26 @@ class _Chosen:
     messages: tuple[Message, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class _Epoch:
+    """What is planned for one epoch."""
+
+    number: int
+    lengths: np.ndarray
+    """int64 [n], tokens of each sample or of what takes its place."""
+    replacements: Replacements
+
+
 class _UnreadableError(MediaError):
     """One medium of a sample cannot be read."""
 
-    def __init__(self, file: str, reason: str) -> None:
+    def __init__(self, file: str, reason: str, sample: str, source: str) -> None:
         super().__init__(reason)
-        self.file, self.reason = file, reason
+        self.file, self.reason, self.sample, self.source = file, reason, sample, source
+
+    def medium(self, index: int, epoch: int) -> BadMedium:
+        """The same as a record."""
+        return BadMedium(self.file, self.reason, self.sample, self.source, index, epoch)
 
 
 class TrainingDataset(Dataset[dict[str, Any]]):
@@ -76,6 +89,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         max_length: longest sample in tokens; None is no limit.
         too_long: longer samples are an ``error`` at once, or ``trim``: their videos get fewer
             frames until they fit. Text is never cut.
+        dropout: videos that lose their sound or their frames for an epoch.
 
     Raises:
         DataError: index and store differ, samples are too long, or too many are unreadable.
@@ -93,6 +107,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         *,
         max_length: int | None = None,
         too_long: str = "error",
+        dropout: ModalityDropout | None = None,
     ) -> None:
         check_choice("answer to samples that are too long", too_long, TOO_LONG)
         self.store, self.processor, self.index = store, processor, index
@@ -104,8 +119,10 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         self.bad_media = bad_media or BadMediaSettings()
         self.seed, self.epoch = seed, epoch
         self.max_length, self.too_long = max_length, too_long
+        self.dropout = dropout
         self.planner = MediaPlanner(processor.config)
         self._unreadable: dict[int, tuple[str, str]] = {}
+        self._epoch: _Epoch | None = None
         self._check_index()
 
     def __len__(self) -> int:
@@ -121,7 +138,8 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         epoch = indices.epoch if isinstance(indices, PlannedBatch) else self.epoch
         builder = BatchBuilder(self.processor, self.planner, self.options, decode=True)
         bad: list[BadMedium] = []
-        chosen = [self._choose(builder, int(i), epoch, bad) for i in indices]
+        limit = int(self._in(epoch).lengths[list(indices)].max())
+        chosen = [self._choose(builder, int(i), epoch, limit, bad) for i in indices]
         for one in chosen:
             with _named(one.sample):
                 builder.add(one.messages, False, True, one.sample.train_turns)
@@ -136,39 +154,48 @@ class TrainingDataset(Dataset[dict[str, Any]]):
 
         A sample that is known to be unreadable has the length of what takes its place.
         """
-        lengths = self.index.lengths.astype(np.int64)
+        return self._in(epoch).lengths
+
+    def _in(self, epoch: int) -> _Epoch:
+        """What is planned for an epoch."""
+        if self._epoch is None or self._epoch.number != epoch:
+            self._epoch = self._planned(epoch)
+        return self._epoch
+
+    def _planned(self, epoch: int) -> _Epoch:
+        lengths, modality = self.index.lengths.astype(np.int64), self.index.modality
+        if self.dropout is not None:
+            rows = np.arange(len(lengths))
+            forms = self.dropout.forms(self.seed, epoch, rows)
+            lengths = self.dropout.lengths[forms, rows].astype(np.int64)
+            modality = modality_in_form(modality, forms)
+        if self.max_length is not None:
+            lengths = np.minimum(lengths, self.max_length)
+        lengths[list(self.index.errors)] = 0
+        replacements = Replacements(modality, lengths.copy(), self.seed, epoch)
         for i in self.index.errors:
-            other = self.replacements.choose(i, epoch, 0)
+            other = replacements.choose(i)
             if other is None:
                 raise self._nothing_left(i)
             lengths[i] = lengths[other]
-        return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
-
-    @cached_property
-    def replacements(self) -> Replacements:
-        """Chooses what takes the place of samples that cannot be read."""
-        usable = np.ones(len(self.index.lengths), bool)
-        usable[list(self.index.errors)] = False
-        return Replacements(self.index.modality, self.index.lengths, usable, self.seed)
+        return _Epoch(epoch, lengths, replacements)
 
     # ---------------------------------------------------------------- reading
 
     def _choose(
-        self, builder: BatchBuilder, index: int, epoch: int, bad: list[BadMedium]
+        self, builder: BatchBuilder, index: int, epoch: int, limit: int, bad: list[BadMedium]
     ) -> _Chosen:
         """Open a sample, or another one in its place; note what could not be read."""
         failed: list[BadMedium] = []
+        replacements = self._in(epoch).replacements
         for attempt in range(self.bad_media.max_tries + 1):
-            number = index if not attempt else self.replacements.choose(index, epoch, attempt - 1)
+            number = index if not attempt else replacements.choose(index, attempt - 1, limit)
             if number is None:
                 break
-            sample = self.store[number]
             try:
-                messages = self._opened(builder, number, sample, epoch)
+                sample, messages = self._opened(builder, number, epoch)
             except _UnreadableError as error:
-                self._unreadable[number] = error.file, error.reason
-                own = (error.file, error.reason, sample.id, sample.source, number, epoch)
-                failed.append(BadMedium(*own))
+                failed.append(error.medium(number, epoch))
                 if self.bad_media.policy == "error":
                     break
                 continue
@@ -183,39 +210,59 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         raise self._nothing_left(index, failed)
 
     def _opened(
-        self, builder: BatchBuilder, number: int, sample: Sample, epoch: int
-    ) -> tuple[Message, ...]:
-        """The sample's messages with their media opened.
+        self, builder: BatchBuilder, number: int, epoch: int
+    ) -> tuple[Sample, tuple[Message, ...]]:
+        """A sample, and its messages with their media opened.
 
         Raises:
             _UnreadableError: a medium cannot be read, now or earlier.
         """
+        if number in self.index.errors:  # its row may not even be a sample
+            where = self.store.where(number)
+            raise _UnreadableError(where, self.index.errors[number], where, where)
+        sample = self.store[number]
         if number in self._unreadable:
-            raise _UnreadableError(*self._unreadable[number])
-        if number in self.index.errors:
-            raise _UnreadableError(", ".join(sample.paths), self.index.errors[number])
+            raise _UnreadableError(*self._unreadable[number], sample.id, sample.source)
+        length = int(self.index.lengths[number])
+        if self.dropout is not None:
+            form = int(self.dropout.forms(self.seed, epoch, number)[0])
+            sample, length = in_form(sample, form), int(self.dropout.lengths[form, number])
         with _named(sample):
-            messages = self._fitted(number, sample)
-            n_images = sum(p.kind == "image" for m in messages for p in m.media)
-            return tuple(self._opened_turn(builder, m, n_images) for m in messages)
+            try:
+                messages = self._fitted(sample, length)
+                n_images = sum(p.kind == "image" for m in messages for p in m.media)
+                opened = tuple(self._opened_turn(builder, sample, m, n_images) for m in messages)
+            except _UnreadableError as error:
+                self._unreadable[number] = error.file, error.reason
+                raise
+        return sample, opened
 
-    def _opened_turn(self, builder: BatchBuilder, message: Message, n_images: int) -> Message:
+    def _opened_turn(
+        self, builder: BatchBuilder, sample: Sample, message: Message, n_images: int
+    ) -> Message:
         parts: list[Any] = []
         for part in message.parts:
             if isinstance(part, MediaPart):
                 try:
                     part = replace(part, source=builder.open(part, n_images))
                 except MediaError as error:
-                    raise _UnreadableError(describe_source(part.source), str(error)) from error
+                    file = describe_source(part.source)
+                    raise _UnreadableError(file, str(error), sample.id, sample.source) from error
             parts.append(part)
         return replace(message, parts=tuple(parts))
 
-    def _fitted(self, number: int, sample: Sample) -> tuple[Message, ...]:
+    def _fitted(self, sample: Sample, length: int) -> Sequence[Message]:
         """The messages, with fewer frames where they would be too long."""
-        limit = self.max_length
-        if limit is None or self.index.lengths[number] <= limit:
+        if self.max_length is None or length <= self.max_length:
             return sample.messages
-        return with_fewer_frames(self.processor, self.options, sample, limit)
+        try:
+            return with_fewer_frames(
+                self.processor, self.planner, self.options, sample.messages, self.max_length
+            )
+        except MediaError as error:
+            raise _UnreadableError(
+                ", ".join(sample.paths), str(error), sample.id, sample.source
+            ) from error
 
     # ---------------------------------------------------------------- checks and account
 
@@ -232,9 +279,9 @@ class TrainingDataset(Dataset[dict[str, Any]]):
             if n_bad / n > share:
                 first = min(self.index.errors)
                 raise DataError(
-                    f"{n_bad} of {n} samples cannot be read ({n_bad / n:.1%}; bad_media allows "
-                    f"{share:.1%}). The first one, {self.store[first].source}: "
-                    f"{self.index.errors[first]} See all with: av-llava data validate."
+                    f"{n_bad} of {n} samples cannot be used ({n_bad / n:.1%}; bad_media allows "
+                    f"{share:.1%}). The first one: {self.index.errors[first]} See all with: "
+                    f"av-llava data validate."
                 )
         if self.max_length is None or self.too_long == "trim":
             return
@@ -261,12 +308,11 @@ class TrainingDataset(Dataset[dict[str, Any]]):
                 )
 
     def _nothing_left(self, index: int, failed: Sequence[BadMedium] = ()) -> DataError:
-        sample = self.store[index]
         reasons = " ".join(f"{b.sample}: {b.reason}" for b in failed[-2:])
         return DataError(
-            f"{sample.source}: sample {sample.id!r} cannot be read, and neither can the "
-            f"{max(0, len(failed) - 1)} others of its kind that were tried. {reasons} Look at "
-            f"the data with: av-llava data validate."
+            f"{self.store.where(index)}: the sample cannot be read, and nothing takes its place: "
+            f"{max(0, len(failed) - 1)} others of its kind were tried. {reasons} Look at the data "
+            f"with: av-llava data validate."
         )
 
     def _info(
@@ -299,59 +345,6 @@ class TrainingDataset(Dataset[dict[str, Any]]):
             seconds=seconds,
             rss_bytes=resident_bytes(),
         )
-
-
-def with_fewer_frames(
-    processor: AVLlavaProcessor, options: MediaOptions, sample: Sample, limit: int
-) -> tuple[Message, ...]:
-    """The messages with the most frames for each video with which the sample fits.
-
-    Args:
-        processor, options: say how long a sample is; only headers are read.
-        sample: too long.
-        limit: tokens that it may have.
-
-    Raises:
-        DataError: it does not fit with one frame for each video, either.
-    """
-
-    planner = MediaPlanner(processor.config)
-
-    def planned(messages: Sequence[Message]) -> BatchBuilder:
-        builder = BatchBuilder(processor, planner, options, decode=False)
-        builder.add(messages, False, False)
-        return builder
-
-    def length(frames: int) -> int:
-        builder = planned([_with_frames(m, frames) for m in sample.messages])
-        return builder.finish("right", False).media.splice.lengths[0]
-
-    most = max((len(v.pts_s) for v in planned(sample.messages).videos), default=0)
-    fits, too_many = 0, most + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if length(middle) <= limit:
-            fits = middle
-        else:
-            too_many = middle
-    if fits == 0:
-        what = "with one frame for each video" if most else "and has no video to take frames from"
-        raise DataError(
-            f"Its {length(1):,} tokens ({what}) are more than max_length = {limit:,}, and text is "
-            f"never cut. Raise max_length, or leave the sample out."
-        )
-    return tuple(_with_frames(m, fits) for m in sample.messages)
-
-
-def _with_frames(message: Message, frames: int) -> Message:
-    """The turn with at most so many frames for each video."""
-    parts = tuple(
-        replace(p, frames=min(p.frames or frames, frames))
-        if isinstance(p, MediaPart) and p.kind == "video"
-        else p
-        for p in message.parts
-    )
-    return replace(message, parts=parts)
 
 
 @contextmanager
