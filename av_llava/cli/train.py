@@ -26,11 +26,20 @@ Resume = Annotated[
 Stage = Annotated[
     str | None, typer.Option("--stage", metavar="NAME", help="Run only this stage of the recipe.")
 ]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Estimate the memory, measure all samples, run one step on the largest batch, and "
+        "write nothing.",
+    ),
+]
 
 
 def command(
     recipe: Recipe = None,
     overrides: Overrides = None,
+    check: Check = False,
     resume: Resume = False,
     stage: Stage = None,
     as_json: Annotated[
@@ -43,6 +52,7 @@ def command(
 
     \b
     av-llava train recipe.yaml model.path=CHECKPOINT data.train=data.json output=runs/one
+    av-llava train recipe.yaml trainable.mm_projector.lr=1e-4 --check
     torchrun --nproc_per_node 8 -m av_llava.cli train recipe.yaml
 
     RECIPE is a YAML file; the recipes that come with this package are in scripts/recipes. KEY=VALUE
@@ -53,6 +63,8 @@ def command(
     configure_logging(verbose, output)
     if recipe is None:
         raise UsageError("Name a recipe: av-llava train recipe.yaml output=runs/one")
+    if check and resume:
+        raise UsageError("--check writes nothing, so there is nothing to resume: leave one out.")
     from av_llava.training.recipe import read_recipe
     from av_llava.training.stages import runs_of
 
@@ -60,7 +72,7 @@ def command(
     for settings in runs:
         if len(runs) > 1:
             output.note(f"Stage {settings.output}")
-        result = _run(settings, resume, output)
+        result = _run(settings, check, resume, output)
     if first and as_json:
         output.data({"schema": SCHEMA, **result})
     elif first and "folder" in result:
@@ -68,11 +80,14 @@ def command(
     return 0
 
 
-def _run(settings: Any, resume: bool, output: Output) -> dict[str, Any]:
+def _run(settings: Any, check: bool, resume: bool, output: Output) -> dict[str, Any]:
     """One run; returns what there is to tell."""
+    from av_llava.training.checking import check_run
     from av_llava.training.run import Hooks, train
 
     hooks = Hooks(say=output.note, bar=output.shows_progress, progress=_measuring(output))
+    if check:
+        return check_run(settings, hooks)
     return {"folder": str(train(settings, resume=resume, hooks=hooks))}
 
 

@@ -7,7 +7,9 @@ run's folder says afterwards what was run: the resolved recipe, versions, and a 
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import platform
 import sys
 import time
@@ -23,19 +25,25 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import av_llava
 from av_llava.checkpoints.staging import new_folder
-from av_llava.errors import DataError, UsageError
+from av_llava.errors import BudgetError, DataError, UsageError
 from av_llava.inference import AVLlava, add_audio, load
 from av_llava.media_inputs import MediaOptions
+from av_llava.processor import AVLlavaProcessor
 from av_llava.training import recipe
 from av_llava.training.arguments import training_arguments
 from av_llava.training.artefacts import Artefacts
 from av_llava.training.bad_media import BadMediaWatch
 from av_llava.training.batching import TokenBudgetBatchSampler
 from av_llava.training.callbacks import FsdpEntryPoints, Progress, RunLog, Say
+from av_llava.training.collate import BatchInfo
 from av_llava.training.dataset import TrainingDataset
+from av_llava.training.estimate import advice, is_out_of_memory
+from av_llava.training.evaluation import Evaluation
 from av_llava.training.index import MODALITY_BITS, LengthIndex, build_index
+from av_llava.training.modality_dropout import ModalityDropout, plan_dropout
 from av_llava.training.parts import PartsTable, apply_trainable
-from av_llava.training.run_folder import QUARANTINE, RECIPE, RunFolder
+from av_llava.training.preview import CLOSE, OPEN, preview
+from av_llava.training.run_folder import LENGTHS, QUARANTINE, RECIPE, RunFolder
 from av_llava.training.settings import TrainSettings
 from av_llava.training.store import SampleStore, open_store
 from av_llava.training.trainer import AVTrainer
@@ -80,6 +88,7 @@ class Prepared:
     index: LengthIndex
     dataset: TrainingDataset
     sampler: TokenBudgetBatchSampler
+    held_out: TrainingDataset | None = None
 
 
 def train(settings: TrainSettings, *, resume: bool = False, hooks: Hooks | None = None) -> Path:
@@ -99,7 +108,7 @@ def train(settings: TrainSettings, *, resume: bool = False, hooks: Hooks | None 
         BudgetError: memory that does not suffice.
     """
     hooks = hooks or Hooks()
-    output = check(settings)
+    output = needed(settings)
     folder = RunFolder(output)
     args = training_arguments(settings, output)
     main = args.process_index == 0
@@ -111,8 +120,12 @@ def train(settings: TrainSettings, *, resume: bool = False, hooks: Hooks | None 
         folder.release()
 
 
-def check(settings: TrainSettings) -> Path:
-    """Say what a recipe lacks; return its output folder."""
+def needed(settings: TrainSettings) -> Path:
+    """Say what a recipe lacks; return its output folder.
+
+    Raises:
+        UsageError: it lacks something.
+    """
     for name, value in (
         ("output", settings.output),
         ("model.path", settings.model.path),
@@ -143,7 +156,8 @@ def _train(
     if main:
         folder.update_record(**_account(prepared))
     started = time.time()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with memory_named(prepared):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.losses.check()
     _finish(trainer, prepared, folder)
     if main:
@@ -152,6 +166,20 @@ def _train(
         )
         hooks.say(f"The result is {folder.final}.")
     return folder.final
+
+
+@contextmanager
+def memory_named(prepared: Prepared) -> Iterator[None]:
+    """Turn an exhausted memory into a BudgetError that says which setting would fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        info: BatchInfo | None = getattr(error, "batch_info", None)
+        longest = int(prepared.index.lengths.max(initial=0))
+        padded = None if info is None else info.padded
+        raise BudgetError(advice(error, prepared.settings, padded, longest)) from error
 
 
 def _begin(
@@ -227,53 +255,105 @@ def _version(package: str) -> str | None:
 
 
 def prepare(
-    settings: TrainSettings, args: TrainingArguments, folder: RunFolder | None, hooks: Hooks
+    settings: TrainSettings, args: TrainingArguments, folder: RunFolder, hooks: Hooks
 ) -> Prepared:
     """Load the model, settle what trains, open and measure the data.
 
     Args:
         settings: of the run.
         args: made of them.
-        folder: of the run, for the index; None keeps none.
+        folder: of the run, for the index.
         hooks: see the class.
     """
     set_seed(settings.seed)
-    with first_alone(args):  # the first process measures, the others read what it wrote
-        store = open_store(
-            settings.data.train or "",
-            format=settings.data.format,
-            media_root=settings.data.media_root,
-            seed=settings.seed,
-        )
+    data = settings.data
+    store = _opened(settings, args, data.train or "")
+    evaluates = str(settings.training.get("eval_strategy", "no")) != "no" and data.eval
+    held_out = _opened(settings, args, data.eval or "") if evaluates else None
     model = load_model(settings, args)
     options = media_options(settings, model)
-    index = measured(settings, args, store, model, options, folder, hooks)
+    measure = functools.partial(measured, settings, args, model, options, folder, hooks)
+    index = measure(store, data.index, "train.index")
     table = settle(settings, model)
     check_modalities(table, index)
-    max_length = settings.data.max_length
-    dataset = TrainingDataset(
+    with first_alone(args):
+        dropout = plan_dropout(
+            data.modality_dropout,
+            store,
+            model.processor,
+            options,
+            index,
+            folder=folder.path / LENGTHS,
+            workers=settings.batch.workers,
+            progress=hooks.progress,
+        )
+    make = functools.partial(
+        _dataset, settings=settings, processor=model.processor, options=options
+    )
+    dataset = make(store, index, dropout=dropout)
+    sampler = _sampler(dataset, settings, args)
+    other = None
+    if held_out is not None:
+        other = make(held_out, measure(held_out, None, "eval.index"))
+    return Prepared(settings, args, model, table, store, index, dataset, sampler, other)
+
+
+def _sampler(
+    dataset: TrainingDataset, settings: TrainSettings, args: TrainingArguments
+) -> TokenBudgetBatchSampler:
+    """The batches of this process."""
+    batch = settings.batch
+
+    def made(lengths: Any, epochs: int = 1) -> TokenBudgetBatchSampler:
+        return TokenBudgetBatchSampler(
+            lengths,
+            max_tokens=batch.max_tokens,
+            max_samples=batch.max_samples,
+            world_size=args.world_size,
+            rank=args.process_index,
+            seed=settings.seed,
+            shuffle=batch.shuffle,
+            buffer=batch.buffer,
+            accumulation=args.gradient_accumulation_steps,
+            too_long=batch.too_long,
+            epochs=epochs,
+        )
+
+    first = made(dataset.lengths())
+    if dataset.dropout is None:
+        return first
+    epochs = math.ceil(args.num_train_epochs)
+    if args.max_steps > 0:
+        epochs = math.ceil(args.max_steps * args.gradient_accumulation_steps / len(first))
+    return made(dataset.lengths, max(1, epochs))
+
+
+def _opened(settings: TrainSettings, args: TrainingArguments, path: str) -> SampleStore:
+    data = settings.data
+    with first_alone(args):
+        return open_store(path, format=data.format, media_root=data.media_root, seed=settings.seed)
+
+
+def _dataset(
+    store: SampleStore,
+    index: LengthIndex,
+    *,
+    settings: TrainSettings,
+    processor: AVLlavaProcessor,
+    options: MediaOptions,
+    dropout: ModalityDropout | None = None,
+) -> TrainingDataset:
+    return TrainingDataset(
         store,
-        model.processor,
+        processor,
         options,
         index,
         settings.data.bad_media,
         settings.seed,
-        max_length=max_length,
+        max_length=settings.data.max_length,
         too_long=settings.data.too_long,
+        dropout=dropout,
     )
-    sampler = TokenBudgetBatchSampler(
-        dataset.lengths(),
-        max_tokens=settings.batch.max_tokens,
-        max_samples=settings.batch.max_samples,
-        world_size=args.world_size,
-        rank=args.process_index,
-        seed=settings.seed,
-        shuffle=settings.batch.shuffle,
-        buffer=settings.batch.buffer,
-        accumulation=args.gradient_accumulation_steps,
-        too_long=settings.batch.too_long,
-    )
-    return Prepared(settings, args, model, table, store, index, dataset, sampler)
 
 
 def load_model(settings: TrainSettings, args: TrainingArguments) -> AVLlava:
@@ -333,16 +413,23 @@ def media_options(settings: TrainSettings, model: AVLlava) -> MediaOptions:
 def measured(
     settings: TrainSettings,
     args: TrainingArguments,
-    store: SampleStore,
     model: AVLlava,
     options: MediaOptions,
-    folder: RunFolder | None,
+    folder: RunFolder,
     hooks: Hooks,
+    store: SampleStore,
+    given: str | None,
+    name: str,
 ) -> LengthIndex:
-    """The lengths of all samples; the first process measures, the others read its file."""
-    file = Path(settings.data.index).expanduser() if settings.data.index else None
-    if file is None and folder is not None:
-        file = folder.path / "lengths.index"
+    """The lengths of all samples; the first process measures, the others read its file.
+
+    Args:
+        settings, args, model, options, folder, hooks: of the run.
+        store: the samples.
+        given: file that keeps them, or None for one in the run's folder.
+        name: of that one.
+    """
+    file = Path(given).expanduser() if given else folder.path / LENGTHS / name
     with first_alone(args):
         return build_index(
             store,
@@ -414,7 +501,7 @@ def make_trainer(prepared: Prepared, folder: RunFolder, hooks: Hooks) -> AVTrain
             hooks.say(line)
     if settings.compile:
         model.model.model.language_model.compile(dynamic=True)
-    return AVTrainer(
+    trainer = AVTrainer(
         model.model,
         args,
         table=prepared.table,
@@ -423,8 +510,30 @@ def make_trainer(prepared: Prepared, folder: RunFolder, hooks: Hooks) -> AVTrain
         batch=settings.batch,
         artefacts=artefacts,
         bad_media=BadMediaWatch(bad),
+        held_out=prepared.held_out,
+        evaluate_with=_evaluation(prepared),
         callbacks=callbacks,
     )
+    if main:
+        trainer.on_first_batch = functools.partial(_show_first, model, hooks.say)
+    return trainer
+
+
+def _evaluation(prepared: Prepared) -> Evaluation | None:
+    if prepared.held_out is None:
+        return None
+    settings = prepared.settings
+    return Evaluation(
+        settings.evaluation, prepared.model, prepared.held_out, settings.batch.max_tokens
+    )
+
+
+def _show_first(model: AVLlava, say: Say, inputs: dict[str, Any], info: BatchInfo) -> None:
+    """Show the first sample, with what is learned marked."""
+    ids, labels, mask = (inputs[k][0] for k in ("input_ids", "labels", "attention_mask"))
+    config, tokenizer = model.processor.config, model.processor.tokenizer
+    say(f"The first sample, {info.ids[0]} ({info.sources[0]}); {OPEN}what is learned{CLOSE}:")
+    say(preview(ids, labels, mask, tokenizer, config.media_token_ids))
 
 
 def _account(prepared: Prepared) -> dict[str, Any]:

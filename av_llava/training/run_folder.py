@@ -24,6 +24,8 @@ except ImportError:  # Windows
 
 RECIPE, RECORD, LOG, FINAL = "recipe.yaml", "run.json", "train_log.jsonl", "final"
 QUARANTINE = "bad_media.jsonl"
+LENGTHS = "lengths"
+"""Folder of measured lengths."""
 STATE = "trainer_state.json"
 _LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

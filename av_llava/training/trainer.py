@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import signal
 import time
@@ -26,12 +27,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from av_llava.errors import CheckpointError
-from av_llava.settings import IGNORE_INDEX
 from av_llava.training.artefacts import Artefacts
 from av_llava.training.bad_media import BadMediaWatch
 from av_llava.training.batching import TokenBudgetBatchSampler
 from av_llava.training.collate import BatchInfo, as_is
 from av_llava.training.dataset import TrainingDataset
+from av_llava.training.loss import weighted_loss, where_learned
 from av_llava.training.meters import LossWatch, Meters, check_supervised
 from av_llava.training.optimizer import build_optimizer
 from av_llava.training.parts import PartsTable
@@ -59,6 +60,7 @@ class AVTrainer(Trainer):
         batch: workers and prefetching.
         artefacts: writes and reads weights.
         bad_media: counts media that could not be read.
+        held_out: data for evaluation.
         evaluate_with: measures on held-out data, if there are any.
         callbacks: of transformers.
     """
@@ -74,11 +76,14 @@ class AVTrainer(Trainer):
         batch: BatchSettings,
         artefacts: Artefacts,
         bad_media: BadMediaWatch | None = None,
+        held_out: TrainingDataset | None = None,
         evaluate_with: Evaluate | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         use_cache = getattr(model.config, "use_cache", None)
-        super().__init__(model, args, train_dataset=dataset, callbacks=callbacks)
+        super().__init__(
+            model, args, train_dataset=dataset, eval_dataset=held_out, callbacks=callbacks
+        )
         # The Trainer turns the cache off in the configuration, which checkpoints would keep.
         model.config.use_cache = use_cache
         for callback in (PrinterCallback, ProgressCallback):  # callbacks.py has its own
@@ -88,6 +93,7 @@ class AVTrainer(Trainer):
         self.table, self.sampler, self.batch = table, sampler, batch
         self.artefacts, self.bad_media = artefacts, bad_media
         self.evaluate_with = evaluate_with
+        self.on_first_batch: Callable[[dict[str, Any], BatchInfo], None] | None = None
         self.meters = Meters()
         self.losses = LossWatch(at_once=args.device.type == "cpu")
         self._n_counted = sum(p.numel() for p in model.parameters())
@@ -131,6 +137,9 @@ class AVTrainer(Trainer):
         """One batch forward and backward."""
         info: BatchInfo = inputs.pop("info")
         check_supervised(info)
+        if self.on_first_batch is not None:
+            self.on_first_batch(inputs, info)
+            self.on_first_batch = None
         self.meters.add(info)
         if self.bad_media is not None:
             self.bad_media.update(len(info.ids), info.bad)
@@ -148,7 +157,7 @@ class AVTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The model's loss; samples with a weight of their own are weighted here."""
-        inputs = {**inputs, "use_cache": False}
+        inputs = where_learned({**inputs, "use_cache": False})
         weights = getattr(self, "_weights", None)
         if weights is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -177,8 +186,7 @@ class AVTrainer(Trainer):
         """Add our figures to those of a step."""
         if "loss" in logs:
             self.losses.check()
-            spread = self.accelerator.gather if self.args.world_size > 1 else None
-            logs |= self.meters.take(None if spread is None else self._gathered)
+            logs |= self.meters.take(self._gathered if self.args.world_size > 1 else None)
             logs |= self._learning_rates()
         super().log(logs, start_time)
 
@@ -278,30 +286,8 @@ class AVTrainer(Trainer):
             self.artefacts.read(folder)
 
 
-def weighted_loss(
-    logits: Tensor, labels: Tensor, weights: tuple[float, ...], num_items: Any
-) -> Tensor:
-    """Cross entropy with a factor for each sample.
-
-    Args:
-        logits: [B, L, V]
-        labels: -100 where nothing is learned. [B, L]
-        weights: one a sample.
-        num_items: tokens of the whole step; None takes those of this batch.
-    """
-    wanted = labels[:, 1:].to(logits.device)
-    each = nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), wanted, ignore_index=IGNORE_INDEX, reduction="none"
-    )  # [B, L - 1]
-    factor = torch.tensor(weights, device=each.device, dtype=each.dtype)
-    count = (wanted != IGNORE_INDEX).sum() if num_items is None else num_items
-    return (each * factor[:, None]).sum() / count
-
-
 def sync(folder: Path) -> None:
     """Have the system write all files of a folder to the disk."""
-    import os
-
     for path in folder.rglob("*"):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)
