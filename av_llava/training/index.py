@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -27,6 +28,7 @@ import numpy as np
 
 import av_llava
 from av_llava.errors import AVLlavaError, DataError, UsageError
+from av_llava.media import is_remote
 from av_llava.media_inputs import MediaOptions
 from av_llava.planning import MediaPlanner
 from av_llava.prepared import BatchBuilder
@@ -197,7 +199,7 @@ class Measurer:
         how = [getattr(self.options, n) for n in ("sampling", "start_s", "end_s", "limits")]
         return {
             "version": av_llava.__version__,
-            "data": self.store.digest(),
+            "data": self.store.digest(places=True),
             "model": _sha(json.dumps(config, sort_keys=True)),
             "tokenizer": _sha(f"{backend} {template.name} {tokenizer.chat_template}"),
             "options": _sha(repr([*how, self.options.audio])),
@@ -256,10 +258,11 @@ class Measurer:
         return Length(plan.lengths[0], int((plan.text_labels != IGNORE_INDEX).sum()), code)
 
     def _paths(self, sample: Sample) -> Iterator[str]:
-        yield from sample.paths
+        for path in sample.paths:
+            yield path if is_remote(path) else os.path.abspath(path)
         # A file that stands in for the sound of every video.
         if self.options.audio not in ("auto", "on", "off"):
-            yield self.options.audio
+            yield os.path.abspath(self.options.audio)
 
 
 class _Named:

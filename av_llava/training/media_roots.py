@@ -6,8 +6,7 @@ only names without an extension (VideoInstruct's) are looked for on the disk.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,11 +47,5 @@ class MediaRoots:
 
     def find_video(self, name: str) -> str:
         """The path of a video whose extension may be missing; as given if none is there."""
-        return _find(str(self.folder("video") / name), tuple(EXTENSIONS))
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _find(path: str, extensions: Sequence[str]) -> str:
-    if Path(path).exists():
-        return path
-    return next((path + e for e in extensions if Path(path + e).exists()), path)
+        path = str(self.folder("video") / name)
+        return next((path + e for e in ("", *EXTENSIONS) if os.path.exists(path + e)), path)

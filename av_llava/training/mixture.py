@@ -156,7 +156,7 @@ def _open_entry(entry: Entry, folder: Path, seed: int, inside: Sequence[Path]) -
         of_files = [n for n in _OF_FILES if getattr(entry, n)]
         if of_files:
             raise DataError(
-                f"{entry.path} is a mixture, which says {' and '.join(of_files)} of its files itself."
+                f"{entry.path} is a mixture: it says {' and '.join(of_files)} of its files itself."
             )
         return open_mixture(file, seed=seed, inside=inside)
     named = {

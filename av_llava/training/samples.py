@@ -139,6 +139,18 @@ def sound_file(part: MediaPart) -> str | None:
     return None if part.audio in (None, *AUDIO_MODES) else part.audio
 
 
+def part_options(part: MediaPart) -> dict[str, Any]:
+    """What a medium says beside its source, under the keys of a content part."""
+    options = {
+        "start": part.start_s,
+        "end": part.end_s,
+        "fps": part.fps,
+        "frames": part.frames,
+        "audio": part.audio,
+    }
+    return {k: v for k, v in options.items() if v is not None}
+
+
 def _check_parts(parts: Sequence[Part]) -> None:
     for part in parts:
         if isinstance(part, MediaPart):
@@ -171,15 +183,7 @@ def _part_row(part: Part) -> dict[str, Any]:
             f"A {part.kind} given as {type(part.source).__name__} cannot be written as JSON; "
             "store it in a file and name its path."
         )
-    options = {
-        "start": part.start_s,
-        "end": part.end_s,
-        "fps": part.fps,
-        "frames": part.frames,
-        "audio": part.audio,
-    }
-    row.update((k, v) for k, v in options.items() if v is not None)
-    return row
+    return {**row, **part_options(part)}
 
 
 def _message(turn: Any, index: int) -> Message:

@@ -54,8 +54,11 @@ class SampleStore(Protocol):
     def where(self, index: int) -> str:
         """File and line of a sample."""
 
-    def digest(self) -> str:
-        """SHA-256 of the files and of how they are read."""
+    def digest(self, *, places: bool = False) -> str:
+        """SHA-256 of the files and of how they are read; ``places``: also of the media's folders.
+
+        Without places it stays the same when the data move.
+        """
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,9 @@ class FileStore:
         index = range(len(self))[index]
         try:
             return self._read(index)
-        except (UsageError, DataError) as error:
+        except DataError as error:
+            raise type(error)(f"{self.where(index)}: {error}") from error
+        except UsageError as error:
             raise DataError(f"{self.where(index)}: {error}") from error
 
     def where(self, index: int) -> str:
@@ -124,9 +129,13 @@ class FileStore:
         row = f" (row {index})" if self._table.is_array else ""
         return f"{self.path}, line {self._table.line(index)}{row}"
 
-    def digest(self) -> str:
+    def digest(self, *, places: bool = False) -> str:
         """SHA-256 of the file and of how it is read."""
-        how = json.dumps(_plain(asdict(self.read_as)), sort_keys=True)
+        settings = asdict(self.read_as)
+        roots = settings.pop("roots")
+        if places:
+            settings["roots"] = {k: v and str(v.resolve()) for k, v in roots.items()}
+        how = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(f"{self._table.sha256} {how}".encode()).hexdigest()
 
     def row(self, index: int) -> dict[str, Any]:
@@ -235,9 +244,9 @@ class ChainedStore:
         store, inner = self._at(index)
         return store.where(inner)
 
-    def digest(self) -> str:
+    def digest(self, *, places: bool = False) -> str:
         """SHA-256 of the digests of all of them."""
-        return _joined([store.digest() for store in self.stores])
+        return _joined([store.digest(places=places) for store in self.stores])
 
     def _at(self, index: int) -> tuple[SampleStore, int]:
         index = range(len(self))[index]
@@ -277,10 +286,10 @@ class ChosenStore:
         """File and line of a sample."""
         return self.store.where(int(self.rows[index]))
 
-    def digest(self) -> str:
+    def digest(self, *, places: bool = False) -> str:
         """SHA-256 of the store's digest, of the choice, and of the weight."""
         chosen = hashlib.sha256(self.rows.tobytes()).hexdigest()
-        return _joined([self.store.digest(), chosen, repr(self.weight)])
+        return _joined([self.store.digest(places=places), chosen, repr(self.weight)])
 
     def _weighted(self, sample: Sample) -> Sample:
         if self.weight == 1.0:
@@ -389,13 +398,6 @@ def _json_error(error: json.JSONDecodeError) -> str:
     near = error.doc[max(0, error.pos - 15) : error.pos + 15]
     place = f"column {error.colno}" if error.lineno == 1 else f"{error.lineno - 1} lines below"
     return f"{error.msg} at {place}, near {near!r}."
-
-
-def _plain(value: Any) -> Any:
-    """Paths as texts, for JSON."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return str(value) if isinstance(value, Path) else value
 
 
 def _joined(digests: Sequence[str]) -> str:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from av_llava.chat import MEDIA_TOKENS, MediaPart, normalize_messages, read_medium
+from av_llava.chat import MEDIA_TOKENS, MediaPart, Message, normalize_messages, read_medium
 from av_llava.chat.messages import ROLES
 from av_llava.chat.parts import placeholder_kind, placeholder_pattern, read_audio_mode
-from av_llava.errors import DataError
+from av_llava.errors import DataError, UsageError
 from av_llava.training.media_roots import MediaRoots
 from av_llava.training.samples import Sample
 
@@ -52,7 +52,7 @@ ABOUT_KEYS: tuple[str, ...] = (
     "data_source", "source", "dataset", "dataset_name", "task", "type", "kind", "needs", "split",
     "category", "duration", "fps", "resolution", "width", "height", "model", "timestamp", "tags",
     "answers", "answer", "choices", "question", "question_id", "video_id", "metadata", "meta",
-    "info",
+    "info", "turns", "preference_turns",
 )  # fmt: skip
 """Keys that are known to say something about a row; they are kept in ``meta`` without a note."""
 
@@ -60,6 +60,10 @@ NOISE = "QA_GT_caption_based_noisy"
 """What VideoInstruct's authors left in some of its texts."""
 
 ID_KEYS: tuple[str, ...] = ("id", "sample_id", "uid")
+
+
+class PlaceholderError(DataError):
+    """A row whose media do not match the placeholders of its texts."""
 
 
 class Note(NamedTuple):
@@ -241,7 +245,7 @@ class Draft:
             self.meta[key] = value
             if key not in ABOUT_KEYS:
                 self.notes.append(Note("unknown key", f"{key!r} is not used"))
-        messages = normalize_messages(self.turns, self.media)
+        messages = self._messages()
         roots = self.context.roots
         flags = [flag is not False for flag in self.answer_flags]
         sample = Sample(
@@ -259,6 +263,13 @@ class Draft:
             meta=self.meta,
         )
         return Reading(sample, tuple(self.notes))
+
+    def _messages(self) -> list[Message]:
+        try:
+            return normalize_messages(self.turns, self.media)
+        except UsageError as error:
+            normalize_messages(self.turns)  # raises if the turns themselves are wrong
+            raise PlaceholderError(str(error)) from error
 
     def _clean(self) -> None:
         for turn in self.turns:
@@ -295,7 +306,7 @@ def _medium(kind: str, value: Any) -> MediaPart:
 def _with_sound(videos: list[MediaPart], sounds: list[MediaPart]) -> list[MediaPart]:
     """Give each video the sound file that stands beside it."""
     if len(videos) != len(sounds):
-        raise DataError(
+        raise PlaceholderError(
             f"The row has {len(videos)} videos and {len(sounds)} sounds, and no "
             f"{MEDIA_TOKENS['audio']} says where the sounds belong. Give one sound for each video."
         )
