@@ -179,17 +179,17 @@ def _declared(said: str, options: Sequence[str]) -> Prediction | None:
 
 def _start_or_end(said: str, options: Sequence[str]) -> Prediction | None:
     letters = LETTERS[: len(options)]
-    first = _labelled(said, letters)
-    labels = [m for line in said.splitlines() if (m := _labelled(line, letters))]
-    if first and len({p.extracted for p in labels}) == 1:
-        return first
-    if len({p.extracted for p in labels}) > 1:
-        lone = [line.strip(_DECORATION) for line in said.splitlines()]
-        last = lone[-1] if lone else ""
-        # A list of options says nothing, unless a letter of its own ends it or begins the answer.
-        if len(last) == 1 and last in letters:
-            return Prediction(last, "letter at the end")
-        return _letter(lone[0], letters, "label at the start") if len(lone[0]) == 1 else None
+    lines = [line for line in said.splitlines() if line.strip(_DECORATION)]
+    labels = [_labelled(line, letters) for line in lines]
+    named = {label.extracted for label in labels if label}
+    if len(named) == 1 and labels[0]:
+        return labels[0]
+    if len(named) > 1:
+        # A list of options says nothing, unless a letter of its own ends or begins it.
+        for line, how in ((lines[-1], "letter at the end"), (lines[0], "label at the start")):
+            if len(line.strip(_DECORATION)) == 1:
+                return _letter(line.strip(_DECORATION), letters, how)
+        return Prediction(None, "several") if all(labels) else None
     match = _LAST.search(said)
     return match and _letter(match["letter"], letters, "letter at the end")
 
