@@ -199,7 +199,7 @@ class Measurer:
         how = [getattr(self.options, n) for n in ("sampling", "start_s", "end_s", "limits")]
         return {
             "version": av_llava.__version__,
-            "data": self.store.digest(places=True),
+            "data": self.store.digest(),
             "model": _sha(json.dumps(config, sort_keys=True)),
             "tokenizer": _sha(f"{backend} {template.name} {tokenizer.chat_template}"),
             "options": _sha(repr([*how, self.options.audio])),

@@ -54,11 +54,8 @@ class SampleStore(Protocol):
     def where(self, index: int) -> str:
         """File and line of a sample."""
 
-    def digest(self, *, places: bool = False) -> str:
-        """SHA-256 of the files and of how they are read; ``places``: also of the media's folders.
-
-        Without places it stays the same when the data move.
-        """
+    def digest(self) -> str:
+        """SHA-256 of the files, of how they are read, and of the folders of their media."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +126,11 @@ class FileStore:
         row = f" (row {index})" if self._table.is_array else ""
         return f"{self.path}, line {self._table.line(index)}{row}"
 
-    def digest(self, *, places: bool = False) -> str:
+    def digest(self) -> str:
         """SHA-256 of the file and of how it is read."""
         settings = asdict(self.read_as)
-        roots = settings.pop("roots")
-        if places:
-            settings["roots"] = {k: v and str(v.resolve()) for k, v in roots.items()}
+        roots = settings.pop("roots").items()
+        settings["roots"] = {k: v and str(v.resolve()) for k, v in roots}
         how = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(f"{self._table.sha256} {how}".encode()).hexdigest()
 
@@ -244,9 +240,9 @@ class ChainedStore:
         store, inner = self._at(index)
         return store.where(inner)
 
-    def digest(self, *, places: bool = False) -> str:
+    def digest(self) -> str:
         """SHA-256 of the digests of all of them."""
-        return _joined([store.digest(places=places) for store in self.stores])
+        return _joined([store.digest() for store in self.stores])
 
     def _at(self, index: int) -> tuple[SampleStore, int]:
         index = range(len(self))[index]
@@ -286,10 +282,10 @@ class ChosenStore:
         """File and line of a sample."""
         return self.store.where(int(self.rows[index]))
 
-    def digest(self, *, places: bool = False) -> str:
+    def digest(self) -> str:
         """SHA-256 of the store's digest, of the choice, and of the weight."""
         chosen = hashlib.sha256(self.rows.tobytes()).hexdigest()
-        return _joined([self.store.digest(places=places), chosen, repr(self.weight)])
+        return _joined([self.store.digest(), chosen, repr(self.weight)])
 
     def _weighted(self, sample: Sample) -> Sample:
         if self.weight == 1.0:
