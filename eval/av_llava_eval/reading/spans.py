@@ -18,7 +18,7 @@ _NUMBER = r"\d+(?:\.\d+)?"
 _TIME = rf"(?:{_CLOCK}|{_NUMBER})"
 _UNIT = r"\s*(?:s|sec|secs|second|seconds)?\b\.?"
 _RANGE = re.compile(
-    rf"(?<![\d.:])({_TIME}){_UNIT}\s*(?:-|–|—|~|to|until|till|and)\s*({_TIME})(?![\d:])",
+    rf"(?<![\d.:])({_TIME}){_UNIT}\s*(?:-|–|—|~|to|until|till)\s*({_TIME})(?![\d:])",
     re.IGNORECASE,
 )
 _ANY = re.compile(rf"(?<![\d.:])({_TIME})(?![\d:])")

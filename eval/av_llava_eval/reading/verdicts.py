@@ -83,7 +83,7 @@ def _dictionary(said: str) -> dict[str, object] | None:
         return None
     try:
         found = ast.literal_eval(match[0])
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
