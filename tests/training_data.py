@@ -19,9 +19,10 @@ from av_llava.training.samples import Sample
 class ListStore:
     """Samples that are given."""
 
-    def __init__(self, samples):
+    def __init__(self, samples, digest=None):
         self.samples = list(samples)
         self.sources = ("list",)
+        self._digest = digest
 
     def __len__(self):
         return len(self.samples)
@@ -36,6 +37,8 @@ class ListStore:
         return self.samples[index].source
 
     def digest(self):
+        if self._digest is not None:
+            return self._digest
         rows = json.dumps([s.to_row() for s in self.samples], sort_keys=True)
         return hashlib.sha256(rows.encode()).hexdigest()
 
@@ -78,9 +81,9 @@ def some_samples(media, n=10):
     ]
 
 
-def dataset_of(samples, processor, *, frames=4, index=None, **settings):
-    """A data set over samples, measured."""
-    store = ListStore(samples)
+def dataset_of(samples, processor, *, frames=4, index=None, digest=None, **settings):
+    """A data set over samples, measured; samples that are not JSON need a digest."""
+    store = ListStore(samples, digest)
     options = processor.media_options(frames=frames, **settings.pop("media", {}))
     index = index or build_index(store, processor, options)
     return TrainingDataset(store, processor, options, index, **settings)

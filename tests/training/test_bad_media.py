@@ -156,7 +156,7 @@ def test_a_bad_replacement_is_replaced_itself(media, processor):
     data.store.samples = films(media, 5, bad=[0, 1, 2, 3])
     info = data.__getitems__([0])["info"]
     assert info.ids == ("4",)
-    assert [b.sample for b in info.bad][0] == "0" and {b.replacement for b in info.bad} == {"4"}
+    assert info.bad[0].sample == "0" and {b.replacement for b in info.bad} == {"4"}
 
 
 def test_what_is_known_to_be_bad_is_not_decoded_again(media, processor, monkeypatch):
