@@ -21,6 +21,7 @@ import torch
 import torchaudio.compliance.kaldi
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.audio_utils import mel_filter_bank
 
 from av_llava.audio.waveform import Waveform, check_waveform
 from av_llava.geometry import (
@@ -218,19 +219,17 @@ def _mel_constants(n_mels: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def mel_filters(n_mels: int) -> np.ndarray:
-    """Triangular filters [201, n_mels] on Slaney's mel scale with unit area, in float64.
+    """Whisper's triangular filters [201, n_mels] on Slaney's mel scale, in float64.
 
-    The scale is linear up to 1 kHz (15 mel) and logarithmic above (27 mel per factor 6.4). Float64
-    matters: filters made in float32 move the log-mel of a pure tone by 3e-4.
+    From transformers itself: with other versions of NumPy, the same formula written here differs
+    from it in a last bit.
     """
-    top_mel = 15 + np.log(8000 / 1000) * 27 / np.log(6.4)
-    mels = np.linspace(0.0, top_mel, n_mels + 2)
-    log_part = 1000 * np.exp((mels - 15) * np.log(6.4) / 27)
-    edges = np.where(mels < 15, mels * 200 / 3, log_part)  # [n_mels + 2] Hz
-    bins = np.linspace(0, SAMPLE_RATE_HZ // 2, N_FFT // 2 + 1)  # [201] Hz
-    distance = edges[None, :] - bins[:, None]
-    widths = np.diff(edges)
-    rising = -distance[:, :-2] / widths[:-1]
-    falling = distance[:, 2:] / widths[1:]
-    triangles = np.maximum(0, np.minimum(rising, falling))
-    return triangles * (2.0 / (edges[2:] - edges[:-2]))
+    return mel_filter_bank(
+        num_frequency_bins=N_FFT // 2 + 1,
+        num_mel_filters=n_mels,
+        min_frequency=0.0,
+        max_frequency=SAMPLE_RATE_HZ / 2,
+        sampling_rate=SAMPLE_RATE_HZ,
+        norm="slaney",
+        mel_scale="slaney",
+    )

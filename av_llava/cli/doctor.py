@@ -28,7 +28,7 @@ from av_llava.cli import options as o
 from av_llava.cli.output import Output, configure_logging
 from av_llava.errors import MissingExtraError
 
-IMPORT_NAMES = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
 SHOWN_VARIABLES = (
     "AV_LLAVA_MODEL",
     "AV_LLAVA_DEBUG",

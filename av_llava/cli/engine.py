@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from av_llava.checkpoints.folder import PART_FILES
 from av_llava.cli.memory import Memory, advice
 from av_llava.cli.options import ATTENTION, DTYPES, Loading, Request
 from av_llava.errors import BudgetError, CheckpointError, is_out_of_memory
@@ -39,6 +38,9 @@ def check_model(model: str | None) -> None:
     if path.is_file():
         raise CheckpointError(f"{model!r} is a file. Name the checkpoint's folder.")
     if path.is_dir():
+        # Here, since commands that load nothing must start without safetensors.
+        from av_llava.checkpoints.folder import PART_FILES
+
         if not any((path / name).is_file() for name in ("config.json", *PART_FILES)):
             raise CheckpointError(
                 f"The folder {model!r} holds no config.json, so it is not a checkpoint. "

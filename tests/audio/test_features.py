@@ -71,8 +71,7 @@ def test_chunks_equal_transformers_one_by_one() -> None:
 @pytest.mark.parametrize("n_mels", [80, 128])
 def test_filterbank_is_that_of_transformers(n_mels: int) -> None:
     theirs = WhisperFeatureExtractor(feature_size=n_mels).mel_filters
-    np.testing.assert_allclose(mel_filters(n_mels), theirs, rtol=0, atol=1e-15)
-    np.testing.assert_array_equal(mel_filters(n_mels).astype("f4"), theirs.astype("f4"))
+    np.testing.assert_array_equal(mel_filters(n_mels), theirs)
 
 
 def test_a_chunk_of_a_small_tower_is_padded_in_the_waveform() -> None:
