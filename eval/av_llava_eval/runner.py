@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import platform
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -159,7 +160,7 @@ def run(
         if left or not known:
             answerer = make_answerer()
             identity = job.identity(answerer.fingerprint())
-            manifest = Manifest(identity, _about(root, problems))
+            manifest = Manifest(identity, _about(task, root, problems))
             runs.begin(manifest, (sample_row(s, root) for s in samples))
             with AnswerFile(runs.path, place) as file:
                 if file.torn:
@@ -191,7 +192,9 @@ def _is_left(state: str | None, retry_failed: bool) -> bool:
     return state is None or (state != OK and retry_failed)
 
 
-def _about(root: Path, problems: int) -> dict[str, Any]:
+def _about(task: Task, root: Path, problems: int) -> dict[str, Any]:
+    home = sys.modules[type(task).__module__]
+    own_file = None if home.__name__.startswith("av_llava_eval.") else home.__file__
     versions = {"python": platform.python_version()}
     for name in _VERSIONS:
         try:
@@ -203,6 +206,7 @@ def _about(root: Path, problems: int) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions,
         "bad_rows": problems,
+        "task_file": own_file,
     }
 
 
