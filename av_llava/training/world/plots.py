@@ -100,7 +100,7 @@ def change(rng: Rng, duration_s: float) -> Staging:
     slots = [slot, slot + 1]
     rng.shuffle(slots)
     change_s, onset_s = (
-        FIRST_SLOT_S + SLOT_S * s + offset
+        FIRST_SLOT_S + SLOT_S * s + float(offset)
         for s, offset in zip(slots, rng.uniform(-0.04, 0.04, 2), strict=True)
     )
     looks = _looks(rng, 3)
@@ -154,7 +154,7 @@ def _moving(rng: Rng, look: tuple[str, str], motion: Motion) -> Thing:
 def _way(
     rng: Rng, direction: str, lane: float, start_s: float, end_s: float, jitter: float
 ) -> Motion:
-    """From near one edge to near the opposite one, at least half of the picture."""
+    """From near one edge to near the opposite one: 0.46 to 0.62 of the side."""
     near = 0.19 + _between(rng, 0, jitter)
     far = 0.81 - _between(rng, 0, jitter)
     if sum(DIRECTIONS[direction]) < 0:
