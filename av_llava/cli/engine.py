@@ -38,10 +38,7 @@ def check_model(model: str | None) -> None:
     if path.is_file():
         raise CheckpointError(f"{model!r} is a file. Name the checkpoint's folder.")
     if path.is_dir():
-        # Here, since commands that load nothing must start without safetensors.
-        from av_llava.checkpoints.folder import PART_FILES
-
-        if not any((path / name).is_file() for name in ("config.json", *PART_FILES)):
+        if not holds_model(path):
             raise CheckpointError(
                 f"The folder {model!r} holds no config.json, so it is not a checkpoint. "
                 "Name the folder that has it."
@@ -50,6 +47,14 @@ def check_model(model: str | None) -> None:
         raise CheckpointError(
             f"There is no folder {model!r}, and it is not a hub id of the form owner/name."
         )
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model, or parts of one."""
+    # Here, since commands that load nothing must start without safetensors.
+    from av_llava.checkpoints.folder import PART_FILES
+
+    return any((folder / name).is_file() for name in ("config.json", *PART_FILES))
 
 
 def load(loading: Loading) -> AVLlava:

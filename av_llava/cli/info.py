@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from av_llava.answers import SCHEMA
-from av_llava.checkpoints.folder import PART_FILES
 from av_llava.cli import engine, inputs
 from av_llava.cli import options as o
 from av_llava.cli.output import Output, configure_logging
@@ -65,7 +64,7 @@ def is_model(target: str) -> bool:
     """
     path = Path(target).expanduser()
     if path.is_dir():
-        if any((path / name).is_file() for name in ("config.json", *PART_FILES)):
+        if engine.holds_model(path):
             return True
         if any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
             raise CheckpointError(f"The folder {target!r} holds weights but no config.json.")
