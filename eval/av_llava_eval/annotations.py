@@ -72,6 +72,8 @@ def find_medium(
 def read_rows(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     """Read all rows of a file whose format its ending tells.
 
+    A field that is null, or an empty cell of a table, is missing from its row.
+
     Args:
         path: ``.json`` (a list, or an object of which ``key`` is one), ``.jsonl``, ``.csv``,
             ``.tsv`` or ``.parquet`` (all columns but pictures and sounds).
@@ -99,7 +101,7 @@ def read_rows(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{path}[{number}]: a row is an object, not a {type(row).__name__}.")
-    return rows
+    return [{k: v for k, v in row.items() if v is not None} for row in rows]
 
 
 def _json(path: Path, key: str | None) -> list[Any]:
@@ -133,7 +135,8 @@ def _lines(path: Path) -> Iterator[Any]:
 def _csv(path: Path, key: str | None) -> list[Any]:
     with path.open(encoding="utf-8-sig", newline="") as handle:
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        return list(csv.DictReader(handle, delimiter=delimiter))
+        rows = csv.DictReader(handle, delimiter=delimiter)
+        return [{k: v or None for k, v in row.items()} for row in rows]
 
 
 def _parquet(path: Path, key: str | None) -> list[Any]:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from av_llava.errors import DataError
 from av_llava_eval.annotations import find_file, find_medium, read_rows
 from av_llava_eval.choices import ChoiceTask, letter_of
 from av_llava_eval.mcq import strip_letters
@@ -24,6 +25,8 @@ class EgoSchemaSubset(ChoiceTask):
     title = "EgoSchema (subset)"
     needs = ("Subset/test-*.parquet, or questions.json + subset_answers.json", "videos/ID.mp4")
     fraction = "score"
+    hidden: ClassVar[bool] = False
+    """Whether rows may have no public answer."""
 
     def docs(self, root: Path, split: str) -> Iterable[Doc]:
         """Rows of the parquet file, or of the original's two JSON files joined."""
@@ -34,8 +37,10 @@ class EgoSchemaSubset(ChoiceTask):
         )
 
     def sample(self, doc: Doc, index: int, root: Path) -> Sample:
-        """``answer`` counts from 0; None or "None" where it is not public."""
+        """``answer`` counts from 0; missing or "None" where it is not public."""
         known = doc.get("answer") not in (None, "", "None", "N/A")
+        if not known and not self.hidden:
+            raise DataError("it has no answer; the subset is the part that has")
         return Sample(
             id=doc["video_idx"],
             group=doc["video_idx"],
@@ -66,6 +71,7 @@ class EgoSchema(EgoSchemaSubset):
 
     name = "egoschema"
     title = "EgoSchema (full)"
+    hidden = True
     needs = ("GENERATION/test-*.parquet, or questions.json", "videos/ID.mp4")
 
     def docs(self, root: Path, split: str) -> Iterable[Doc]:
@@ -88,9 +94,12 @@ def _original(root: Path, only_labelled: bool) -> list[Doc]:
         answers = json.loads(file.read_text(encoding="utf-8"))
     rows: list[Doc] = []
     for row in read_rows(root / "questions.json"):
-        if only_labelled and row.get("q_uid") not in answers:
+        if only_labelled and row.get("q_uid", "") not in {*answers, ""}:
             continue
-        options = [row[f"option {i}"] for i in range(5)] if "option 0" in row else row.get("option")
-        number = answers.get(row.get("q_uid", ""))
-        rows.append({**row, "video_idx": row.get("q_uid"), "option": options, "answer": number})
+        joined: dict[str, Any] = dict(row)
+        if all(f"option {i}" in row for i in range(5)):
+            joined["option"] = [row[f"option {i}"] for i in range(5)]
+        if "q_uid" in row:
+            joined |= {"video_idx": row["q_uid"], "answer": answers.get(row["q_uid"])}
+        rows.append(joined)
     return rows

@@ -41,13 +41,12 @@ class LongVideoBench(ChoiceTask):
         given = doc.get("candidates")
         options = [doc[f"option{i}"] for i in range(5)] if given is None else list(given)
         listed = tuple(o for o in options if o not in (None, "N/A"))
-        hidden = doc.get("correct_choice") in (None, "", -1)
         return Sample(
             id=doc["id"],
             group=doc["video_id"],
             question=doc["question"],
             options=listed,
-            answer=None if hidden else letter_of(doc["correct_choice"]),
+            answer=letter_of(doc["correct_choice"]),
             video=find_medium(root, ("videos", "video"), doc["video_path"]),
             subtitles=find_medium(
                 root, ("subtitles", "subtitle"), doc["subtitle_path"], (".json",)

@@ -52,6 +52,7 @@ class LVBench(ChoiceTask):
 def _questions(rows: Iterable[Doc]) -> Iterator[Doc]:
     for row in rows:
         if "qa" in row:
-            yield from ({**q, "key": row["key"], "type": row.get("type")} for q in row["qa"])
+            about = {k: row[k] for k in ("key", "type") if k in row}
+            yield from ({**q, **about} for q in row["qa"])
         else:
             yield row

@@ -46,23 +46,27 @@ class MLVUDev(ChoiceTask):
     def _original(self, root: Path) -> Iterator[Doc]:
         for kind, stem in _FOLDERS.items():
             for row in read_rows(find_file(root, f"json/{stem}.json")):
-                question = "\n".join([row["question"], *lettered(row["candidates"], "({}) {}")])
-                letter = letter_of_text(row["answer"], row["candidates"])
-                film = f"{stem}/{row['video']}"
-                joined = {"question": question, "answer": letter, "task_type": kind}
-                yield {**row, **joined, "video_name": film}
+                yield {**row, "task_type": kind, "_folder": stem}
 
     def sample(self, doc: Doc, index: int, root: Path) -> Sample:
-        """The options are lines of the question."""
-        question, options = split_question(doc["question"])
+        """The options are lines of the question; the original has them, and the answer, as texts."""
+        if "_folder" in doc:
+            question, options = doc["question"], tuple(doc["candidates"])
+            answer, film = (
+                letter_of_text(doc["answer"], options),
+                f"{doc['_folder']}/{doc['video']}",
+            )
+        else:
+            question, options = split_question(doc["question"])
+            answer, film = doc["answer"], doc["video_name"]
         length = doc.get("duration")
         return Sample(
             id=str(doc.get("question_id", index)),
-            group=doc["video_name"],
+            group=film,
             question=question,
             options=options,
-            answer=doc["answer"],
-            video=find_medium(root, ("video", "videos", ""), doc["video_name"]),
+            answer=answer,
+            video=find_medium(root, ("video", "videos", ""), film),
             duration_s=None if length is None else float(length),
             meta={"task_type": doc["task_type"]},
         )

@@ -34,13 +34,12 @@ class PerceptionTest(ChoiceTask):
 
     def sample(self, doc: Doc, index: int, root: Path) -> Sample:
         """Question ids count in each video."""
-        hidden = doc.get("answer_id") in (None, "", -1, "-1")
         return Sample(
             id=f"{doc['video_name']}_{doc['question_id']}",
             group=doc["video_name"],
             question=doc["question"],
             options=tuple(doc["options"]),
-            answer=None if hidden else letter_of(doc["answer_id"]),
+            answer=letter_of(doc["answer_id"]),
             video=find_medium(root, ("videos", "video"), doc["video_name"]),
             meta={"area": doc["area"], "reasoning": doc["reasoning"], "tag": list(doc["tag"])},
         )

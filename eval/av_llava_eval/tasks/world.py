@@ -75,10 +75,13 @@ class World(Task):
 
 def _questions(rows: Iterable[Doc]) -> Iterator[Doc]:
     for row in rows:
-        if "question" in row or "conversations" not in row:
+        if not isinstance(row.get("kind"), list):
             yield row
             continue
-        said = [turn["value"] for turn in row["conversations"]]
+        said = [turn["value"] for turn in row.get("conversations", ())]
+        if len(said) < 2 * len(row["kind"]):
+            yield {k: v for k, v in row.items() if k != "question"}  # its question is missing
+            continue
         pairs = zip(said[::2], said[1::2], strict=False)
         about = zip(pairs, row["kind"], row["needs"], strict=False)
         for number, ((asked, answer), kind, needs) in enumerate(about):
