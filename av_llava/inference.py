@@ -24,6 +24,7 @@ from av_llava.checkpoints.adapters import save_adapter
 from av_llava.checkpoints.ears import TowerSource, attach_audio
 from av_llava.checkpoints.lora import has_lora
 from av_llava.checkpoints.partial import load_any
+from av_llava.checkpoints.quiet import without_bars
 from av_llava.checkpoints.target import resolve_device, resolve_dtype
 from av_llava.demo_model import build_tiny
 from av_llava.errors import UsageError, unknown_name
@@ -156,7 +157,8 @@ class AVLlava:
         if has_lora(self.model):
             self.save_adapter(folder)
         else:
-            self.model.save_pretrained(folder)
+            with without_bars():
+                self.model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
 
     def save_adapter(self, folder: str | Path, base: str | Path | None = None) -> None:

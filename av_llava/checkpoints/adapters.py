@@ -323,6 +323,13 @@ def _check_base(parts: Split, base: BaseTensors) -> None:
     """Raise if the base holds what the model does not have, or language-model weights of other
     shapes."""
     unknown = sorted(name for name in base.own if name not in parts.weights)
+    experts = [name for name in unknown if ".experts." in name]
+    if experts:
+        raise CheckpointError(
+            f"Adapters of mixtures of experts are not supported: {base.folder.path} holds each "
+            f"expert apart ({experts[0]}), the model holds those of a layer as one tensor. Save "
+            f"the whole model with save_pretrained."
+        )
     wrong = [
         f"{base.stored[name].name} (the base has {base.shape(name)}, the model "
         f"{tuple(value.shape)})"

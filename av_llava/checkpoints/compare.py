@@ -28,7 +28,6 @@ from av_llava.config import AVLlavaConfig
 from av_llava.errors import BudgetError, CheckpointError
 from av_llava.modeling import AVLlavaForConditionalGeneration
 from av_llava.planning import MediaPlanner
-from av_llava.weight_names import memory_name
 
 logger = logging.getLogger(__name__)
 
@@ -230,12 +229,13 @@ def _without_senses(
 ) -> AVLlavaForConditionalGeneration:
     """Our model with the language model of a folder only, in float32."""
     config = without_senses(opened.light_config())
-    model = AVLlavaForConditionalGeneration(config).float().eval()
-    own = model.state_dict()
-    stored = {memory_name(name): tensor for name, tensor in opened.tensors.items()}
-    with TensorReader() as reader, torch.no_grad():
-        for name, value in own.items():
-            if name in stored:
-                read = reader.read(stored[name])
-                value.copy_(read if rounded_to is None else read.to(rounded_to))
-    return model
+    state = {}
+    with TensorReader() as reader:
+        for name, stored in opened.language_model().saved():
+            read = reader.read(stored)
+            state[name] = (read if rounded_to is None else read.to(rounded_to)).float()
+    with quiet_loading():
+        model = AVLlavaForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32
+        )
+    return model.eval()

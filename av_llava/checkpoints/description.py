@@ -21,7 +21,7 @@ from av_llava.checkpoints.convert import Report
 from av_llava.checkpoints.description_parts import Found, describe_delta, describe_parts
 from av_llava.checkpoints.folder import DELTA_RECORD, CheckpointFolder
 from av_llava.checkpoints.load import blamed_on, locate, memory_keys, read_config
-from av_llava.checkpoints.needed import empty_model
+from av_llava.checkpoints.needed import disk_shapes, empty_model
 from av_llava.checkpoints.parts import PartialFolder, is_partial
 from av_llava.checkpoints.public_audio import refuse_public
 from av_llava.checkpoints.quantize import stored_scheme
@@ -230,7 +230,7 @@ def _without_tower(account: Report) -> Report:
 def _names_only(folder: CheckpointFolder, config: AVLlavaConfig) -> Report:
     """The account of a quantised folder, whose shapes are not those of the model."""
     stored = {disk_name(name) for name in memory_keys(folder)}
-    wanted = {disk_name(name) for name in empty_model(config).state_dict()}
+    wanted = set(disk_shapes(empty_model(config)))
     if config.tie_word_embeddings:
         stored, wanted = stored - {"lm_head.weight"}, wanted - {"lm_head.weight"}
     return Report(

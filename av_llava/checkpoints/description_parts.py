@@ -13,18 +13,18 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from av_llava.checkpoints import delta
-from av_llava.checkpoints.base import HEAD, VISION, named_tensors, with_rows
+from av_llava.checkpoints.base import HEAD, named_tensors, with_rows
 from av_llava.checkpoints.convert import Report
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.lora import Lora, check_fit, read_lora
-from av_llava.checkpoints.needed import empty_model, shapes_of
+from av_llava.checkpoints.needed import disk_shapes, empty_model
 from av_llava.checkpoints.partial import Opened, open_partial
 from av_llava.checkpoints.parts import PartialFolder, named_base
-from av_llava.checkpoints.source import account
+from av_llava.checkpoints.source import TOWER_PREFIX, account
 from av_llava.checkpoints.tokens import tokens_of
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import AVLlavaError, CheckpointError
-from av_llava.weight_names import disk_name, memory_name
+from av_llava.weight_names import disk_name
 
 
 @dataclass
@@ -93,27 +93,24 @@ def _whole(
     model = empty_model(config)
     if lora is not None:
         check_fit(model, lora)
-    expected = shapes_of(model)
-    tensors = {memory_name(key): stored for key, stored in opened.folder.stored.items()}
-    tensors = named_tensors(opened.base) | tensors
+    expected = disk_shapes(model)
+    tensors = {disk_name(name): stored for name, stored in named_tensors(opened.base).items()}
+    tensors |= opened.folder.stored
     for name in (n for n in expected if n in tensors and n.endswith(_TABLES)):
         if tensors[name].shape[0] < opened.rows:  # grown while loading
             expected[name] = tensors[name].shape
     if config.tie_word_embeddings:
         expected.pop(HEAD, None)
         tensors.pop(HEAD, None)
-    elsewhere = opened.recorded_towers()
+    elsewhere = {disk_name(k): places for k, places in opened.recorded_towers().items()}
     where = "inside the folder or its base"
     if opened.tower is not None and not opened.holds_vision_tower:
         places = [str(opened.tower.folder)] if opened.tower.folder else ["not here"]
-        elsewhere.setdefault(VISION, places)
-    where = elsewhere.get(VISION, [where])[0]
+        elsewhere.setdefault(TOWER_PREFIX, places)
+    where = elsewhere.get(TOWER_PREFIX, [where])[0]
     expected = {n: s for n, s in expected.items() if not n.startswith(tuple(elsewhere))}
-    report = account(
-        {disk_name(name): stored for name, stored in tensors.items()},
-        {disk_name(name): shape for name, shape in expected.items()},
-    )
-    return (None if config.vision_config is None else {"weights": where}), report
+    at = None if config.vision_config is None else {"weights": where}
+    return at, account(tensors, expected)
 
 
 _TABLES = ("embed_tokens.weight", "lm_head.weight")

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from av_llava.aggregators import build
 from av_llava.config import PARTS, AVLlavaConfig
 from av_llava.errors import CheckpointError
-from av_llava.settings import Settings
+from av_llava.settings import AggregatorSettings, Settings
 
 KEY = "av_llava"
 VOCABULARY = "text_config.vocab_size"
@@ -107,6 +108,13 @@ def restore(config: AVLlavaConfig, data: Mapping[str, Any]) -> Restored:
         f"The folder was made by av_llava and now says another {name}: its own value is taken."
         for name in changed
     ]
+    marks = _marks_gone(back.get("aggregator"), config)
+    if marks:
+        del back["aggregator"]
+        notes.append(
+            f"The export left the learned mark(s) {', '.join(marks)} out, so that videos cannot "
+            f"be treated as they were: they are treated as the folder says."
+        )
     return Restored(
         _with(config, back),
         rows=back.get(VOCABULARY),
@@ -114,6 +122,14 @@ def restore(config: AVLlavaConfig, data: Mapping[str, Any]) -> Restored:
         tokenizer=tokenizer,
         notes=tuple(notes),
     )
+
+
+def _marks_gone(aggregator: Mapping[str, Any] | None, config: AVLlavaConfig) -> list[str]:
+    """Learned marks that an aggregator inserts and the model no longer has."""
+    if aggregator is None:
+        return []
+    needed = build(AggregatorSettings.from_dict(dict(aggregator))).marks_needed
+    return sorted(set(needed) - set(config.sequence.media_tokens))
 
 
 def _with(config: AVLlavaConfig, values: Mapping[str, Any]) -> AVLlavaConfig:

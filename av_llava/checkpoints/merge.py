@@ -41,7 +41,7 @@ from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import generation_config, locate
 from av_llava.checkpoints.lora import LoraLayer, check_untied, layers_of, read_lora
 from av_llava.checkpoints.model_state import split
-from av_llava.checkpoints.needed import empty_model, shapes_of
+from av_llava.checkpoints.needed import disk_shapes, empty_model, on_disk
 from av_llava.checkpoints.partial import Opened, load_partial, open_partial
 from av_llava.checkpoints.parts import TOKEN_ROWS, is_partial
 from av_llava.checkpoints.quantize import stored_scheme
@@ -215,7 +215,7 @@ class _Plan:
         for prefix, places in _towers(opened).items():
             found |= _stored(tower_tensors(prefix, places, model), scratch)
         found |= {memory_name(key): stored for key, stored in opened.folder.stored.items()}
-        expected = shapes_of(model)
+        expected = disk_shapes(model)
         dropped: dict[str, tuple[str, ...]] = {}
         if config.tie_word_embeddings:
             expected.pop(HEAD, None)
@@ -231,8 +231,7 @@ class _Plan:
             for name, stored in found.items()
         }
         _place_rows(transfers, opened)
-        shapes = {disk_name(name): shape for name, shape in expected.items()}
-        return cls(config, transfers, shapes, dropped, len(layers))
+        return cls(config, transfers, expected, dropped, len(layers))
 
     def report(self, opened: Opened) -> Report:
         """The account of the tensors."""
@@ -341,7 +340,7 @@ def split_merged(model: AVLlavaForConditionalGeneration) -> dict[str, Tensor]:
     for module in model.modules():
         if isinstance(module, PeftLayer):
             module.merged_adapters.clear()  # so that it counts as taken out
-    return {disk_name(name): value for name, value in split(model).weights.items()}
+    return on_disk(model.config, split(model).weights)
 
 
 def _check_weights(expected: Mapping[str, Tensor], made: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from av_llava.config import AVLlavaConfig
 from av_llava.modeling import AVLlavaForConditionalGeneration
@@ -16,9 +20,24 @@ def empty_model(config: AVLlavaConfig) -> AVLlavaForConditionalGeneration:
         return AVLlavaForConditionalGeneration(copy.deepcopy(config))
 
 
-def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's tensors, by their names in memory."""
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def disk_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's tensors, by the names under which it is saved.
+
+    They differ by more than the name for mixtures of experts: files hold each expert's matrices,
+    memory holds those of a layer as one.
+    """
+    saved = revert_weight_conversion(model, model.state_dict())
+    return {name: tuple(value.shape) for name, value in saved.items()}
+
+
+def on_disk(config: AVLlavaConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names in memory, as a model of the configuration is saved."""
+    return dict(revert_weight_conversion(empty_model(config), dict(state)))
 
 
 def without_senses(config: AVLlavaConfig) -> AVLlavaConfig:

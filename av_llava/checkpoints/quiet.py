@@ -15,22 +15,33 @@ _KERNEL = "gemm_4bit_forward"
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Hold back transformers' bars and its report of missing keys.
-
-    A tower beside the checkpoint is in that report; what is really missing becomes an error. The
-    bars are switched off alone: transformers' own switch would change the hub's for good.
-    """
+def without_bars() -> Iterator[None]:
+    """Hold back transformers' bars alone: its own switch would change the hub's for good."""
     from transformers.utils import logging as hf_logging
 
-    before, bars = hf_logging.get_verbosity(), hf_logging._tqdm_active
-    hf_logging.set_verbosity_error()
+    before = hf_logging._tqdm_active
     hf_logging._tqdm_active = False
     try:
         yield
     finally:
+        hf_logging._tqdm_active = before
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hold back transformers' bars and its report of missing keys.
+
+    A tower beside the checkpoint is in that report; what is really missing becomes an error.
+    """
+    from transformers.utils import logging as hf_logging
+
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        with without_bars():
+            yield
+    finally:
         hf_logging.set_verbosity(before)
-        hf_logging._tqdm_active = bars
 
 
 def not_about_the_kernel(record: logging.LogRecord) -> bool:

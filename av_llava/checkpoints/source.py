@@ -20,7 +20,7 @@ from av_llava.checkpoints import hf_format
 from av_llava.checkpoints.convert import Report
 from av_llava.checkpoints.folder import CheckpointFolder, refuse_delta
 from av_llava.checkpoints.load import locate, read_config
-from av_llava.checkpoints.needed import empty_model, shapes_of, without_senses
+from av_llava.checkpoints.needed import disk_shapes, empty_model, without_senses
 from av_llava.checkpoints.quantize import stored_scheme
 from av_llava.checkpoints.shards import StoredTensor, stored_tensors
 from av_llava.checkpoints.tokenizers import load_tokenizer
@@ -106,12 +106,12 @@ class Source:
         tensors = dict(self.tensors)
         if self.is_flat and tower is not None and not self.holds_vision_tower:
             tensors |= _beside(tower, model)
-        return CompleteSource(self, config, tensors, _expected(model))
+        return CompleteSource(self, config, tensors, disk_shapes(model))
 
     def language_model(self) -> CompleteSource:
         """The language model alone, for which no tower need be at hand."""
         config = self.light_config()
-        expected = _expected(empty_model(without_senses(config)))
+        expected = disk_shapes(empty_model(without_senses(config)))
         own = {name: t for name, t in self.tensors.items() if not MULTIMODAL.match(name)}
         expected = {name: shape for name, shape in expected.items() if not MULTIMODAL.match(name)}
         return CompleteSource(self, config, own, expected)
@@ -153,11 +153,6 @@ class CompleteSource:
         """What a saved model holds, by LLaVA's names and in order."""
         tied = self.config.tie_word_embeddings
         return [(n, t) for n, t in self.tensors.items() if not (tied and n == HEAD)]
-
-
-def _expected(model: AVLlavaForConditionalGeneration) -> dict[str, tuple[int, ...]]:
-    """What a model has, by LLaVA's names."""
-    return {disk_name(name): shape for name, shape in shapes_of(model).items()}
 
 
 def open_source(path: str | Path) -> Source:

@@ -18,6 +18,7 @@ from av_llava.checkpoints.convert import ConvertOptions, Report
 from av_llava.checkpoints.destination import Weights, make_folder, small_files, target_dtype
 from av_llava.checkpoints.hf_processor import write_chat_template
 from av_llava.checkpoints.load import generation_config
+from av_llava.checkpoints.needed import disk_shapes
 from av_llava.checkpoints.shards import Transfer
 from av_llava.checkpoints.source import HEAD, MULTIMODAL, TIED, UNUSED, account, open_source
 from av_llava.errors import CheckpointError, UsageError
@@ -88,8 +89,7 @@ def _plain_model(text: PreTrainedConfig) -> tuple[dict[str, tuple[int, ...]], st
     output = model.get_output_embeddings()
     head = next(f"{name}.weight" for name, part in model.named_modules() if part is output)
     text.architectures = [type(model).__name__]
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    return shapes, f"{model.base_model_prefix}.", head
+    return disk_shapes(model), f"{model.base_model_prefix}.", head
 
 
 def _plain_name(name: str, prefix: str, head: str) -> str:

@@ -52,8 +52,9 @@ def test_bitsandbytes_says_nothing_of_a_kernel_that_is_not_used(caplog):
     assert [r.getMessage() for r in caplog.records] == ["something else"]
 
 
-def test_a_program_that_loads_prints_nothing():
-    code = f"import av_llava; av_llava.load({str(golden(f'llava/{V15}') / 'checkpoint')!r})"
+def test_a_program_that_loads_and_saves_prints_nothing(tmp_path):
+    folder = str(golden(f"llava/{V15}") / "checkpoint")
+    code = f"import av_llava; av_llava.load({folder!r}).save_pretrained({str(tmp_path / 'a')!r})"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,
