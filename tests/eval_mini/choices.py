@@ -306,7 +306,7 @@ def _videommmu() -> list[Mini]:
     return [
         Mini("videommmu", rows, to_parquet("Adaptation/test-0.parquet"), media, 2,
              bad_answer={"answer": "F", "options": FIVE, "question_type": "multiple-choice"},
-             drop="options", ids=("id",)),
+             drop="answer", ids=("id",)),
         Mini("videommmu", rows[:1], to_json("Perception.json"), media[:1], 1, split="Perception",
              layout="json", bad_answer={"answer": "F"}, ids=("id",)),
     ]  # fmt: skip

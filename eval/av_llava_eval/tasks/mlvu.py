@@ -49,7 +49,7 @@ class MLVUDev(ChoiceTask):
                 yield {**row, "task_type": kind, "_folder": stem}
 
     def sample(self, doc: Doc, index: int, root: Path) -> Sample:
-        """The options are lines of the question; the original has them, and the answer, as texts."""
+        """Options are lines of the question; the original has options and answer as texts."""
         if "_folder" in doc:
             question, options = doc["question"], tuple(doc["candidates"])
             answer, film = (
