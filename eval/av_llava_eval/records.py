@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -242,16 +242,20 @@ def answer_lines(file: Path) -> Iterator[Answer]:
                 yield row
 
 
-def _answer_of(line: bytes) -> Answer | None:
+def _json_of(line: bytes) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except ValueError:
         return None
-    ours = isinstance(row, dict) and all(isinstance(row.get(k), str) for k in _NEEDED)
-    return row if ours else None
 
 
-_NEEDED = ("arm", "id", "group", "status")
+def _answer_of(line: bytes) -> Answer | None:
+    row = _json_of(line)
+    return row if isinstance(row, dict) and _is_answer(row) else None
+
+
+def _is_answer(row: Mapping[str, Any]) -> bool:
+    return all(isinstance(row.get(k), str) for k in ("arm", "id", "group", "status"))
 
 
 def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -262,21 +266,22 @@ def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{file} cannot be read: {error}.") from error
 
 
-class AnswerFile:
-    """The file to which one process appends.
+class AppendedFile:
+    """A file of JSON lines to which one process appends.
 
     Args:
-        folder: of the run.
-        place: of this process.
+        path: is made if it is not there.
+        is_row: whether a JSON value is a line of this file, so that a last line that lacks only
+            its end can be told from a torn one.
 
     Raises:
         UsageError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, place: Place) -> None:
-        self.path = folder / f"answers.{place.name}.jsonl"
+    def __init__(self, path: Path, is_row: Callable[[Any], bool]) -> None:
+        self.path, self._is_row = path, is_row
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise UsageError(f"{self.path} cannot be written: {error.strerror}.") from error
@@ -290,7 +295,7 @@ class AnswerFile:
         os.close(self._fd)
 
     def append(self, rows: Sequence[Answer]) -> None:
-        """Write some answers and wait until they are on the disk.
+        """Write some lines and wait until they are on the disk.
 
         Raises:
             UsageError: the disk is full, or the file can no longer be written; what was written
@@ -307,7 +312,7 @@ class AnswerFile:
         except OSError as error:
             os.ftruncate(self._fd, before)
             raise UsageError(
-                f"{self.path} cannot be written any more: {error.strerror}. The answers so far are "
+                f"{self.path} cannot be written any more: {error.strerror}. What it holds is "
                 f"kept; the same command goes on from there."
             ) from error
 
@@ -320,11 +325,24 @@ class AnswerFile:
             tail = handle.read()
         if not tail:
             return 0
-        if _answer_of(tail) is not None:
+        row = _json_of(tail)
+        if isinstance(row, dict) and self._is_row(row):
             os.write(self._fd, b"\n")
             return 0
         os.ftruncate(self._fd, start)
         return len(tail)
+
+
+class AnswerFile(AppendedFile):
+    """The answers of one process.
+
+    Args:
+        folder: of the run.
+        place: of this process.
+    """
+
+    def __init__(self, folder: Path, place: Place) -> None:
+        super().__init__(folder / f"answers.{place.name}.jsonl", _is_answer)
 
 
 def _start_of_last_line(handle: Any, size: int, step: int = 1 << 16) -> int:

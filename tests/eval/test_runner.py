@@ -272,7 +272,7 @@ def test_a_full_disk_keeps_what_is_there(data, tmp_path, monkeypatch):
         return real(fd, text)
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(UsageError, match="No space left on device.*are kept"):
+    with pytest.raises(UsageError, match="No space left on device.*is kept"):
         run(TOY, data, folder, StandIn, TWO)
     monkeypatch.undo()
     assert (folder / "answers.0of1.jsonl").read_bytes().endswith(b"}\n")
