@@ -275,6 +275,7 @@ def prepare(
     measure = functools.partial(measured, settings, args, model, options, folder, hooks)
     index = measure(store, data.index, "train.index")
     table = settle(settings, model)
+    check_rows(store, index)
     check_modalities(table, index)
     with first_alone(args):
         dropout = plan_dropout(
@@ -439,6 +440,23 @@ def measured(
             workers=settings.batch.workers,
             progress=hooks.progress,
         )
+
+
+def check_rows(store: SampleStore, index: LengthIndex) -> None:
+    """Refuse rows that are wrong themselves; media that cannot be read are another matter.
+
+    Raises:
+        DataError: a row cannot be read, or nothing of it is learned.
+    """
+    for row in sorted(index.errors):
+        sample = store[row]  # raises for a row that is malformed
+        flags = iter(sample.train_turns or ())
+        answers = [m for m in sample.messages if m.role == "assistant"]
+        if not any(next(flags, True) and m.parts for m in answers):
+            raise DataError(
+                f"{store.where(row)}: nothing of the sample {sample.id!r} is learned: it has no "
+                f"answer of the assistant that is. Give it one, or leave it out."
+            )
 
 
 def check_modalities(table: PartsTable, index: LengthIndex) -> None:

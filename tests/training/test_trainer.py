@@ -1,0 +1,393 @@
+"""The trainer: accumulation, losses, what stops it, what it logs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny
+from train_runs import logged, losses, make_base, make_data, recipe, trainer_of
+from training_data import dataset_of, make_media, sample, some_samples
+from transformers import TrainerCallback
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from av_llava.errors import DataError
+from av_llava.training.collate import BatchInfo
+from av_llava.training.loss import weighted_loss, where_learned
+from av_llava.training.meters import LossWatch, Meters, check_supervised
+from av_llava.training.preview import preview
+from av_llava.training.run import Hooks, train
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    make_base(folder)
+    make_data(folder, 8)
+    return folder
+
+
+@pytest.fixture
+def run_of(place: Path, tmp_path: Path):
+    """Settings of a run in a folder of its own."""
+
+    def make(**changes):
+        return recipe(place / "base", place / "data.jsonl", tmp_path / "out", **changes)
+
+    return make
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first step."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
+        if not self.kept:
+            self.kept = {
+                n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+            }
+
+
+def gradients_of(settings) -> tuple[dict[str, torch.Tensor], float]:
+    trainer, _ = trainer_of(settings)
+    kept = Gradients()
+    trainer.add_callback(kept)
+    trainer.train()
+    return kept.kept, trainer.state.log_history[0]["loss"]
+
+
+# ---------------------------------------------------------------- accumulation
+
+
+def test_four_batches_of_one_equal_one_of_four(place: Path, tmp_path: Path) -> None:
+    file = make_data(tmp_path, 4)  # text, a picture, a sound, a silent film
+
+    def settings(accumulation: int, n: int, out: str):
+        return recipe(
+            place / "base",
+            file,
+            tmp_path / out,
+            batch={"max_tokens": 4000, "max_samples": n},
+            training={
+                "max_steps": 1,
+                "gradient_accumulation_steps": accumulation,
+                "max_grad_norm": 0.0,
+            },
+        )
+
+    few, loss_few = gradients_of(settings(1, 4, "a"))
+    many, loss_many = gradients_of(settings(4, 1, "b"))
+    assert few.keys() == many.keys() and len(few) > 20
+    # One scale for all: a tensor of tiny gradients has the rounding of what it was summed from.
+    scale = max(g.abs().max() for g in few.values())
+    assert loss_few == pytest.approx(loss_many, abs=1e-6)
+    for name in few:
+        torch.testing.assert_close(few[name], many[name], rtol=1e-5, atol=1e-6 * float(scale))
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def test_logits_where_something_is_learned_give_the_same_loss(place: Path) -> None:
+    model, processor = tiny("llama")
+    data = dataset_of(some_samples(make_media(place / "own"), 5), processor)
+    inputs = data.__getitems__(range(5))
+    inputs.pop("info")
+    less = where_learned(inputs)
+    assert len(less["logits_to_keep"]) < inputs["labels"].shape[1] / 2
+    results = []
+    for given in (inputs, less):
+        model.zero_grad()
+        out = model(**given, use_cache=False)
+        out.loss.backward()
+        gradient = model.lm_head.weight.grad.clone()
+        results.append((out.loss.detach(), gradient, out.logits.shape[1]))
+    (full, full_gradient, n), (few, few_gradient, k) = results
+    assert (n, k) == (inputs["labels"].shape[1], len(less["logits_to_keep"]))
+    torch.testing.assert_close(full, few, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(full_gradient, few_gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_labels_of_kept_rows_against_an_oracle(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.full((3, 40), -100)
+    for row in labels:
+        start = int(torch.randint(1, 30, (), generator=generator))
+        row[start : start + 4] = torch.randint(0, 9, (4,), generator=generator)
+    logits = torch.randn(3, 40, 9, generator=generator)
+    less = where_learned({"labels": labels})
+    kept = logits[:, less["logits_to_keep"]]
+    own = ForCausalLMLoss(kept, less["labels"], vocab_size=9)
+    torch.testing.assert_close(own, ForCausalLMLoss(logits, labels, vocab_size=9))
+
+
+def test_where_everything_is_learned_nothing_is_left_out() -> None:
+    inputs = {"labels": torch.zeros(2, 8, dtype=torch.long)}
+    assert where_learned(inputs) is inputs
+
+
+def test_weights_of_samples_weigh_their_tokens() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 6, 5), torch.randint(0, 5, (2, 6))
+    labels[0, :4] = -100
+    oracle = 0.0
+    for row, weight in enumerate((2.0, 0.5)):
+        for at in range(5):
+            if labels[row, at + 1] != -100:
+                oracle -= weight * logits[row, at].log_softmax(-1)[labels[row, at + 1]]
+    torch.testing.assert_close(weighted_loss(logits, labels, (2.0, 0.5), 7), oracle / 7)
+    alone = weighted_loss(logits, labels, (1.0, 1.0), None)
+    torch.testing.assert_close(alone, ForCausalLMLoss(logits, labels, vocab_size=5))
+
+
+def test_a_sample_of_weight_nought_changes_nothing(place: Path, tmp_path: Path) -> None:
+    """Two runs that differ only in a sample whose weight is 0."""
+    found = []
+    for answer in ("Left.", "Something else entirely."):
+        rows = [
+            sample("a", question="Where?", answer="Right.").to_row(),
+            sample("b", question="Where?", answer=answer, weight=0.0).to_row(),
+        ]
+        file = tmp_path / f"{len(found)}.jsonl"
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        settings = recipe(
+            place / "base",
+            file,
+            tmp_path / f"out{len(found)}",
+            batch={"max_samples": 1, "shuffle": False},
+            training={"max_steps": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0},
+            trainable=dict.fromkeys(
+                ("mm_projector", "mm_audio_projector", "media_tokens"), "freeze"
+            ),
+        )
+        gradients, _ = gradients_of(settings)
+        found.append(gradients["lm_head.weight"])
+    # The number of tokens differs, by which both are divided.
+    ratio = found[0].norm() / found[1].norm()
+    torch.testing.assert_close(found[0], found[1] * ratio, rtol=1e-4, atol=1e-8)
+
+
+# ---------------------------------------------------------------- what stops a run
+
+
+def info(**changes) -> BatchInfo:
+    own = BatchInfo(
+        ids=("a", "b"),
+        sources=("f.jsonl:1", "f.jsonl:2"),
+        indices=(0, 1),
+        epoch=0,
+        lengths=(10, 8),
+        padded=20,
+        supervised=(3, 2),
+        tokens={"text": 18},
+        weights=(1.0, 1.0),
+    )
+    return replace(own, **changes)
+
+
+def test_a_loss_that_is_no_number_names_the_samples_at_once() -> None:
+    watch = LossWatch(at_once=True)
+    watch.add(torch.tensor(1.0), info(), 1)
+    with pytest.raises(DataError, match=r"step 2 is nan, for samples 'a' \(f.jsonl:1\), 'b'"):
+        watch.add(torch.tensor(float("nan")), info(), 2)
+
+
+def test_a_loss_on_a_device_is_looked_at_later_but_before_saving() -> None:
+    watch = LossWatch(at_once=False)
+    watch.add(torch.tensor(float("inf")), info(ids=("x",), sources=("",)), 5)
+    watch.add(torch.tensor(1.0), info(), 6)
+    with pytest.raises(DataError, match="step 5 is inf, for sample 'x'"):
+        watch.check()
+    watch.check()  # once
+
+
+def test_a_run_with_a_broken_weight_stops_and_keeps_nothing(run_of) -> None:
+    settings = run_of(training={"save_strategy": "steps", "save_steps": 1})
+    trainer, _ = trainer_of(settings)
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    model.lm_head.weight[3, 5] = float("nan")
+
+    trainer.add_callback(Break())
+    with pytest.raises(DataError, match="The loss of step 3 is nan, for sample"):
+        trainer.train()
+    kept = sorted(p.name for p in Path(settings.output).glob("*checkpoint*"))
+    assert kept == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_nothing_learned_names_the_sample() -> None:
+    check_supervised(info())
+    with pytest.raises(DataError, match="f.jsonl:2: nothing of the sample 'b' is learned"):
+        check_supervised(info(supervised=(3, 0)))
+
+
+def test_a_sample_without_an_answer_stops_the_run(place: Path, tmp_path: Path) -> None:
+    rows = [sample("fine").to_row(), sample("mute", train_turns=(False,)).to_row()]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = recipe(
+        place / "base", file, tmp_path / "out",
+        trainable={"mm_projector": "freeze", "mm_audio_projector": "freeze"},
+    )  # fmt: skip
+    with pytest.raises(DataError, match="mute"):
+        train(settings)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "what"),
+    [("mm_audio_projector", "silent", "sound"), ("mm_projector", "sound", "pictures or videos")],
+)
+def test_a_part_that_nothing_would_train(place, tmp_path, part, kind, what) -> None:
+    media = make_media(tmp_path / "media")
+    medium = ("video", media["silent"]) if kind == "silent" else ("audio", media["sound"])
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps(sample("only", medium).to_row()) + "\n")
+    settings = recipe(place / "base", file, tmp_path / "out")
+    with pytest.raises(
+        DataError, match=f"trainable.{part} trains, but none of the 1 samples has {what}"
+    ):
+        train(settings)
+
+
+# ---------------------------------------------------------------- what is logged and shown
+
+
+def test_the_loss_falls_and_everything_is_logged(run_of) -> None:
+    settings = run_of(training={"max_steps": 12})
+    said: list[str] = []
+    result = train(settings, hooks=Hooks(say=said.append))
+    assert result == Path(settings.output) / "final"
+    rows = logged(Path(settings.output))
+    assert [r["step"] for r in rows] == list(range(1, 13))
+    first, last = (sum(r["loss"] for r in part) for part in (rows[:3], rows[-3:]))
+    assert last < first - 0.3
+    for row in rows:
+        assert row["tokens_per_s"] > 0 and 0 <= row["data_wait"] <= 1 and row["bad_media"] == 0
+        assert row["supervised_tokens"] > 0 and 0 <= row["padding"] < 1
+        assert row["grad_norm"] > 0
+    assert rows[3]["lr/language_model"] == pytest.approx(rows[3]["lr/mm_projector"])
+    text = "\n".join(said)
+    assert ("⟦Answer" in text and "<video × " in text) or "⟦Answer" in text
+    assert "step 12/12  loss" in text and "tokens/s" in text and "mm_projector" in text
+    record = json.loads((Path(settings.output) / "run.json").read_text())
+    assert record["status"] == "finished" and record["steps"] == 12
+    assert record["data"]["samples"] == 8 and len(record["data"]["digest"]) == 64
+    assert record["versions"]["torch"] == metadata.version("torch")
+    assert (Path(settings.output) / "recipe.yaml").is_file()
+
+
+def test_meters_add_up_and_begin_anew() -> None:
+    meters = Meters()
+    meters.add(info())
+    meters.add(info(lengths=(5, 5), padded=10))
+    meters.wait_s = 0.001
+    taken = meters.take()
+    assert taken["supervised_tokens"] == 10
+    assert taken["padding"] == pytest.approx(1 - 28 / 30, abs=1e-4)
+    assert meters.take()["supervised_tokens"] == 0
+
+
+def test_meters_of_several_processes_are_summed() -> None:
+    meters = Meters()
+    meters.add(info())
+    taken = meters.take(lambda rows: torch.cat([rows, rows * 3]))
+    assert taken["supervised_tokens"] == 20
+
+
+def test_the_preview_marks_what_is_learned() -> None:
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(chr(96 + i) for i in ids))
+    text = preview(
+        torch.tensor([1, 2, -201, -201, 3, 4, 5, 9]),
+        torch.tensor([-100, -100, -100, -100, -100, 4, 5, -100]),
+        torch.tensor([1, 1, 1, 1, 1, 1, 1, 0]),
+        tokenizer,
+        {"video": -201},
+    )
+    assert text == "ab<video × 2>c⟦de⟧"
+
+
+def test_training_leaves_the_cache_setting_alone(run_of) -> None:
+    trainer, prepared = trainer_of(run_of())
+    before = copy.copy(prepared.model.model.config.use_cache)
+    trainer.train()
+    assert prepared.model.model.config.use_cache == before
+    assert prepared.model.model.config.text_config.use_cache
+
+
+def test_steps_read_through_worker_processes_are_the_same(run_of) -> None:
+    here = run_of(training={"max_steps": 5})
+    train(here)
+    there = run_of(training={"max_steps": 5}, batch={"workers": 2})
+    there = there.replace(output=f"{there.output}-workers")
+    train(there)
+    assert losses(Path(here.output)) == losses(Path(there.output))
+
+
+def test_tensorboard_gets_what_is_logged(run_of) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = run_of(training={"report_to": ["tensorboard"]})
+    train(settings)
+    (folder,) = (Path(settings.output) / "runs").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    shown = [e.value for e in events.Scalars("train/loss")]
+    assert shown == pytest.approx(list(losses(Path(settings.output)).values()), rel=1e-6)
+    assert "train/tokens_per_s" in events.Tags()["scalars"]
+
+
+def test_evaluation_measures_loss_and_answers_without_touching_training(run_of, place) -> None:
+    plain = run_of()
+    train(plain)
+    settings = run_of(
+        data={"eval": str(place / "data.jsonl")},
+        training={"eval_strategy": "steps", "eval_steps": 2},
+        evaluation={"samples": 3, "max_new_tokens": 3},
+    )
+    settings = settings.replace(output=f"{settings.output}-eval")
+    train(settings)
+    assert losses(Path(plain.output)) == losses(Path(settings.output))
+    lines = (Path(settings.output) / "train_log.jsonl").read_text().splitlines()
+    rows = [r for r in map(json.loads, lines) if "eval_loss" in r]
+    assert [r["step"] for r in rows] == [2, 4]
+    assert rows[1]["eval_loss"] < rows[0]["eval_loss"] and rows[0]["eval_score"] == 0
+
+
+def test_evaluation_loss_against_an_oracle(run_of, place) -> None:
+    settings = run_of(
+        data={"eval": str(place / "data.jsonl")},
+        training={"eval_strategy": "steps"},
+        evaluation={"samples": 0},
+    )
+    trainer, prepared = trainer_of(settings)
+    found = trainer.evaluate()["eval_loss"]
+    model = prepared.model.model.eval()
+    total, count = 0.0, 0
+    for row in range(len(prepared.held_out)):
+        batch = prepared.held_out[row]
+        batch.pop("info")
+        out = model(**batch, use_cache=False)
+        n = int((batch["labels"][:, 1:] != -100).sum())
+        total, count = total + out.loss.item() * n, count + n
+    assert found == pytest.approx(total / count, rel=1e-5)
+
+
+def test_compiled_language_models_train_alike(run_of) -> None:
+    plain = run_of(training={"max_steps": 2})
+    train(plain)
+    settings = run_of(training={"max_steps": 2}, compile=True)
+    trainer, _ = trainer_of(settings.replace(output=f"{settings.output}-compiled"))
+    assert trainer.model.model.language_model._compiled_call_impl is not None
