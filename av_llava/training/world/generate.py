@@ -14,6 +14,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -154,7 +156,8 @@ def _run(clips: _Clips, workers: int) -> Iterator[int]:
         return
     # Fresh processes: the caller may hold threads (of a model, of a decoder) that a fork breaks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=context) as pool:
+    number = min(workers, len(chunks))
+    with ProcessPoolExecutor(number, mp_context=context, initializer=_begin_worker) as pool:
         futures = [pool.submit(clips.write, chunk) for chunk in chunks]
         try:
             for future in as_completed(futures):
@@ -162,3 +165,16 @@ def _run(clips: _Clips, workers: int) -> Iterator[int]:
                 yield done
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -127,6 +126,15 @@ def test_a_data_set_can_grow_but_not_shrink(whole: Path, tmp_path: Path) -> None
     assert fingerprint(out) == fingerprint(whole)
 
 
+def alive(group: int) -> bool:
+    """Whether a process group has members."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_run_is_taken_up(whole: Path, tmp_path: Path, workers: int) -> None:
@@ -143,8 +151,11 @@ if __name__ == "__main__":
     deadline = time.monotonic() + 60
     while len(list(out.glob("clips/[!.]*"))) < 12 and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
+    while alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(process.pid), "its workers go on without it"
     there = list(out.glob("clips/[!.]*"))
     assert 12 <= len(there) < 70 and not (out / "train.json").exists()
     (out / "clips" / ".train-4-000069.1.part.mp4").write_bytes(b"half")
