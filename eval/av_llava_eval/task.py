@@ -63,6 +63,8 @@ class Task:
     """Changes with every change of prompts, extraction or scores."""
     title: ClassVar[str] = ""
     """The benchmark's own name."""
+    size: ClassVar[str] = ""
+    """How many questions and videos the benchmark has, for tables; empty where not confirmed."""
     needs: ClassVar[tuple[str, ...]] = ()
     """What must lie on disk, relative to the folder of ``--data``; shown by ``eval list``."""
     splits: ClassVar[tuple[str, ...]] = ("test",)

@@ -17,6 +17,7 @@ class ActivityNetQA(OpenTask):
 
     name = "activitynetqa"
     title = "ActivityNet-QA"
+    size = "8000 questions, 800 videos"
     needs = ("test_q.json + test_a.json, or test-*.parquet", "all_test/v_NAME.mp4")
     groupings = ("type",)
 

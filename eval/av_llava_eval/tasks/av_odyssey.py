@@ -27,6 +27,7 @@ class AVOdyssey(ChoiceTask):
 
     name = "av_odyssey"
     title = "AV-Odyssey"
+    size = "4555 questions"
     needs = ("*.parquet or *.json", "media as the rows name them")
     groupings = ("subfield", "data_type")
     hears = True

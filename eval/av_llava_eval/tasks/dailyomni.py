@@ -46,6 +46,7 @@ class DailyOmni(ChoiceTask):
 
     name = "dailyomni"
     title = "Daily-Omni"
+    size = "1197 questions, 684 videos"
     needs = ("qa.json", "Videos/ID/ID_video.mp4")
     groupings = ("type", "duration", "category")
     hears = True

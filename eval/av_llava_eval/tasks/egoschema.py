@@ -23,6 +23,7 @@ class EgoSchemaSubset(ChoiceTask):
 
     name = "egoschema_subset"
     title = "EgoSchema (subset)"
+    size = "500 questions"
     needs = ("Subset/test-*.parquet, or questions.json + subset_answers.json", "videos/ID.mp4")
     fraction = "score"
     hidden: ClassVar[bool] = False
@@ -71,6 +72,7 @@ class EgoSchema(EgoSchemaSubset):
 
     name = "egoschema"
     title = "EgoSchema (full)"
+    size = "5031 questions"
     hidden = True
     needs = ("GENERATION/test-*.parquet, or questions.json", "videos/ID.mp4")
 

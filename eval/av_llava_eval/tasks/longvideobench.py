@@ -28,6 +28,7 @@ class LongVideoBench(ChoiceTask):
 
     name = "longvideobench_val_v"
     title = "LongVideoBench (validation)"
+    size = "1337 questions"
     needs: ClassVar[tuple[str, ...]] = ("lvb_val.json or validation-*.parquet", "videos/VIDEO_PATH")
     splits = ("validation",)
     groupings = ("duration_group", "question_category", "topic_category", "level")

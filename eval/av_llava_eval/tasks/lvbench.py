@@ -18,6 +18,7 @@ class LVBench(ChoiceTask):
 
     name = "lvbench"
     title = "LVBench"
+    size = "1549 questions, 103 videos"
     needs = ("video_info.meta.jsonl or *.parquet", "video/KEY.mp4")
     groupings = ("question_type", "type")
     fraction = "lvbench_score_mean"

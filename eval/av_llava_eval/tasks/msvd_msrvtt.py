@@ -13,7 +13,7 @@ from av_llava_eval.task import Doc, register
 
 @register
 class MSVDQA(OpenTask):
-    """13157 questions."""
+    """Films of a few seconds."""
 
     name = "msvd_qa"
     title = "MSVD-QA"
@@ -40,7 +40,7 @@ class MSVDQA(OpenTask):
 
 @register
 class MSRVTTQA(MSVDQA):
-    """72821 questions."""
+    """Films of ten to thirty seconds."""
 
     name = "msrvtt_qa"
     title = "MSRVTT-QA"

@@ -32,6 +32,7 @@ class MusicAVQA(OpenTask):
 
     name = "music_avqa"
     title = "MUSIC-AVQA"
+    size = "9185 questions (test)"
     needs = ("json/avqa-test.json or avqa-test.json", "videos/ID.mp4")
     splits = ("test", "val")
     groupings = ("modality", "type")

@@ -1,4 +1,4 @@
-"""MVBench: 20 subtasks about time, 200 questions each, over films of eleven older datasets."""
+"""MVBench: 20 subtasks about time, over the films of older datasets."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ class OmniBench(ChoiceTask):
 
     name = "omni_bench"
     title = "OmniBench"
+    size = "1142 questions"
     needs = ("dataset/batch-5_*.jsonl or *.jsonl", "mm_data/image/…", "mm_data/audio/…")
     groupings = ("task_type", "audio_type")
     hears = True

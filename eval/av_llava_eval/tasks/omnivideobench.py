@@ -24,6 +24,7 @@ class OmniVideoBench(ChoiceTask):
 
     name = "omnivideobench"
     title = "OmniVideoBench"
+    size = "1000 questions, 628 videos"
     needs = ("data.json", "videos/VIDEO.mp4")
     groupings = ("question_type", "audio_type", "video_type", "length")
     hears = True

@@ -104,6 +104,7 @@ class MultiChoice(_TempCompass, ChoiceTask):
 
     name = "tempcompass_multi_choice"
     title = "TempCompass (multi-choice)"
+    size = "410 videos"
     needs = ("questions/multi-choice.json or multi-choice/test-*.parquet", "videos/ID.mp4")
     stem = "multi-choice"
     our_ending = "Answer with the option's letter from the given choices directly."
@@ -130,6 +131,7 @@ class YesNo(_TempCompass):
 
     name = "tempcompass_yes_no"
     title = "TempCompass (yes/no)"
+    size = "410 videos"
     needs = ("questions/yes_no.json or yes_no/test-*.parquet", "videos/ID.mp4")
     stem = "yes_no"
     lmms_ending = "Please answer yes or no:"
@@ -156,6 +158,7 @@ class CaptionMatching(_TempCompass, ChoiceTask):
 
     name = "tempcompass_caption_matching"
     title = "TempCompass (caption matching)"
+    size = "410 videos"
     needs = ("questions/caption_matching.json or caption_matching/test-*.parquet", "videos/ID.mp4")
     stem = "caption_matching"
 
@@ -183,6 +186,7 @@ class Captioning(_TempCompass):
 
     name = "tempcompass_captioning"
     title = "TempCompass (captioning)"
+    size = "410 videos"
     needs = ("questions/captioning.json or captioning/test-*.parquet", "videos/ID.mp4", "a judge")
     stem = "captioning"
     metric = "judge's accuracy"

@@ -44,6 +44,7 @@ class VideoChatGPT(OpenTask):
 
     name = "videochatgpt_gen"
     title = "Video-ChatGPT (generic)"
+    size = "500 videos"
     needs = ("generic_qa.json or Generic/test-*.parquet", "Test_Videos/NAME.mp4", "a judge")
     metric = "word F1 (no judge)"
     max_new_tokens = 1024
@@ -115,6 +116,7 @@ class VideoChatGPTTemporal(VideoChatGPT):
 
     name = "videochatgpt_temporal"
     title = "Video-ChatGPT (temporal)"
+    size = "500 videos"
     needs = ("temporal_qa.json or Temporal/test-*.parquet", "Test_Videos/NAME.mp4", "a judge")
     stem = "temporal"
     criteria = ("temporal",)
@@ -126,6 +128,7 @@ class VideoChatGPTConsistency(VideoChatGPT):
 
     name = "videochatgpt_consistency"
     title = "Video-ChatGPT (consistency)"
+    size = "500 videos"
     needs = ("consistency_qa.json or Consistency/test-*.parquet", "Test_Videos/NAME.mp4", "a judge")
     stem = "consistency"
     criteria = ("consistency",)

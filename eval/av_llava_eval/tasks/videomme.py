@@ -27,6 +27,7 @@ class VideoMME(ChoiceTask):
 
     name = "videomme"
     title = "Video-MME"
+    size = "2700 questions, 900 videos"
     needs: ClassVar[tuple[str, ...]] = (
         "videomme/test-*.parquet (or .json, .jsonl)",
         "data/VIDEOID.mp4",
@@ -65,6 +66,7 @@ class VideoMMEWithSubtitles(VideoMME):
 
     name = "videomme_w_subtitle"
     title = "Video-MME with subtitles"
+    size = "2700 questions, 900 videos, 744 subtitles"
     needs = (*VideoMME.needs, "subtitle/VIDEOID.srt")
 
     def prompt(self, sample: Sample, style: str = "default") -> str:

@@ -34,6 +34,7 @@ class WorldSense(ChoiceTask):
 
     name = "worldsense"
     title = "WorldSense"
+    size = "3172 questions, 1662 videos"
     needs: ClassVar[tuple[str, ...]] = (
         "worldsense_qa.json, *.jsonl or test-*.parquet",
         "videos/VIDEO.mp4",
