@@ -1,8 +1,8 @@
 """NExT-QA, open-ended: answers of a few words.
 
 The published metric, WUPS, needs WordNet. Put its dictionary (index.noun, data.noun, … as in
-Debian's wordnet-base) into ``wordnet/`` beside the data, and WUPS is given too; without it exact
-match, containment and overlap of words are.
+Debian's wordnet-base) into ``wordnet/`` beside ``NExTVideo``, and a WUPS is given too (see
+``reading.wups`` for how it differs); without it exact match, containment and overlap of words are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from av_llava_eval.annotations import find_file, read_rows
-from av_llava_eval.open_ended import OpenTask
+from av_llava_eval.mcq import clean
+from av_llava_eval.open_ended import OpenTask, expected
+from av_llava_eval.reading import wups
 from av_llava_eval.sample import Sample
 from av_llava_eval.task import Doc, register
 from av_llava_eval.tasks.nextqa import KINDS, find_video
@@ -47,3 +49,13 @@ class NextQAOpen(OpenTask):
                 "also_right": doc.get("additional_ref_answer") or None,
             },
         )
+
+    def extra_metrics(self, text: str, sample: Sample) -> dict[str, float]:
+        """Also WUPS, where WordNet is there."""
+        out = super().extra_metrics(text, sample)
+        words = wups.beside(sample.video)
+        if words is not None:
+            exact = sample.meta["type"] in wups.EXACT
+            scores = [wups.wups(clean(text or ""), e, words, exact) for e in expected(sample)]
+            out["wups"] = max(scores)
+        return out
