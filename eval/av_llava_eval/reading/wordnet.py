@@ -81,7 +81,7 @@ class WordNet:
         common = set(above) & set(also)
         if not common:
             return 0.0
-        nearest = max(common, key=lambda s: (self._depth(s, False), s == one[0], -s[1]))
+        nearest = max(common, key=lambda s: (self._depth(s, False), s != ROOT, -above[s]))
         depth = self._depth(nearest, True) + 1
         return 2 * depth / (above[nearest] + also[nearest] + 2 * depth)
 

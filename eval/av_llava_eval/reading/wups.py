@@ -17,9 +17,9 @@ from av_llava_eval.reading.wordnet import PARTS, WordNet
 EXACT = ("DC", "DB")
 """NExT-QA's kinds (counting, yes or no) that are scored by equality."""
 _STOP_WORDS = """
-a an the is are was were be been being am do does did doing have has had he she it they them his her
-hers its their theirs him i you we us our your my me this that these those of to in on at by for with
-from and or as so than then there here
+a an the is are was were be been being am do does did doing have has had he she it they them his
+her hers its their theirs him i you we us our your my me this that these those of to in on at by for
+with from and or as so than then there here
 """
 _STOP = frozenset(_STOP_WORDS.split())
 
