@@ -27,6 +27,7 @@ from av_llava.media import Limits
 from av_llava.options import Options
 from av_llava.planning import MediaPlanner
 from av_llava.settings import AggregatorSettings, AudioSettings, SamplingSettings
+from av_llava.training.world.kinds import KINDS
 from av_llava.vision import find_published, vision_config_from
 from av_llava.vision.configs import PUBLISHED_TOWERS
 
@@ -39,6 +40,7 @@ PAGES = (
     "docs/media.md",
     "docs/checkpoints.md",
     "docs/quantization.md",
+    "docs/world.md",
 )
 BLOCK = re.compile(r"(<!-- table (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -355,6 +357,21 @@ def towers() -> str:
     return markdown(("name", "pixels", "patches"), rows)
 
 
+def world_kinds() -> str:
+    rows = [
+        (
+            f"`{name}`",
+            kind.about,
+            ", ".join(sorted(kind.needs)),
+            ", ".join(kind.answers),
+            f"{kind.chance:.2f}",
+            kind.phrasings[0],
+        )
+        for name, kind in KINDS.items()
+    ]
+    return markdown(("kind", "asks", "needs", "answers", "chance", "for example"), rows)
+
+
 SOUND = (
     "placement",
     "group_seconds",
@@ -379,6 +396,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "family_prompts": family_prompts,
     "templates": templates,
     "towers": towers,
+    "world_kinds": world_kinds,
 }
 
 
