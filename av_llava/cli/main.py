@@ -16,6 +16,7 @@ import typer
 
 import av_llava
 from av_llava.cli import ask, chat, convert, data, doctor, info, train
+from av_llava.cli import eval as evaluation
 from av_llava.cli.failures import BROKEN_PIPE, INTERRUPTED, CliError, attempt, failure_of
 from av_llava.cli.options import usage
 from av_llava.cli.output import discard_stdout, make_output_safe, report
@@ -75,6 +76,7 @@ app.command("doctor")(_guarded(doctor.command))
 app.command("train", cls=usage("RECIPE", "[KEY=VALUE]..."))(_guarded(train.command))
 app.add_typer(convert.group(_guarded))
 app.add_typer(data.group(_guarded))
+app.add_typer(evaluation.group(_guarded))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
