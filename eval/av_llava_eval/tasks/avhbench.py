@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,24 @@ class AVHBench(Task):
         """One half."""
         return 0.5
 
+    def extra_metrics(self, text: str, sample: Sample) -> dict[str, float]:
+        """Parts of precision and recall of yes, and its share; unparsed counts as not yes."""
+        said = float(self.extract(text, sample).extracted == "yes")
+        right = float(sample.answer == "yes")
+        out = {"yes_share": said}
+        if said:
+            out["yes_precision"] = right
+        if right:
+            out["yes_recall"] = said
+        return out
+
     def aggregate(self, records: Iterable[Record], compat: str | None = None) -> dict[str, Any]:
-        """With precision, recall and F1 of yes, and how often yes is said."""
-        rows = list(records)
-        out = super().aggregate(rows, compat)
-        return {**out, "metrics": {**out["metrics"], **yes_metrics(rows)}}
+        """With F1 of yes."""
+        out = super().aggregate(records, compat)
+        metrics = out["metrics"]
+        total = metrics.get("yes_precision", 0.0) + metrics.get("yes_recall", 0.0)
+        product = metrics.get("yes_precision", 0.0) * metrics.get("yes_recall", 0.0)
+        return {**out, "metrics": {**metrics, "yes_f1": 2 * product / total if total else 0.0}}
 
 
 @register
@@ -104,22 +117,6 @@ class AVHBenchCaptioning(Task):
         if not prediction.parsed:
             return None
         return short_text.word_f1(str(prediction.extracted), [str(sample.answer)])
-
-
-def yes_metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Precision, recall and F1 of the answer yes, and its share; unparsed counts as not yes."""
-    said = [r.get("extracted") == "yes" for r in records]
-    right = [r.get("answer") == "yes" for r in records]
-    both = sum(s and r for s, r in zip(said, right, strict=True))
-    precision = both / sum(said) if any(said) else 0.0
-    recall = both / sum(right) if any(right) else 0.0
-    total = precision + recall
-    return {
-        "yes_precision": precision,
-        "yes_recall": recall,
-        "yes_f1": 2 * precision * recall / total if total else 0.0,
-        "yes_share": sum(said) / len(said) if said else 0.0,
-    }
 
 
 def _rows(root: Path) -> Iterator[Doc]:

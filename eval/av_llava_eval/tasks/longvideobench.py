@@ -82,6 +82,17 @@ class LongVideoBenchSubtitles(LongVideoBench):
     title = "LongVideoBench with subtitles (validation)"
     needs = (*LongVideoBench.needs, "subtitles/SUBTITLE_PATH")
 
+    def check(self, root: str | Path, split: str | None = None) -> list[str]:
+        """Also the subtitles, which every film has."""
+        out = super().check(root, split)
+        files = {s.subtitles for s in self.scan(root, split).samples} if not out else set()
+        missing = sorted(str(f) for f in files if f is not None and not f.exists())
+        if missing:
+            out.append(
+                f"{len(missing)} of {len(files)} subtitles are missing, such as {missing[0]}."
+            )
+        return out
+
     def prompt(self, sample: Sample, style: str = "default") -> str:
         """In the style ``lmms`` a row ``<image>`` stands for each of the frames."""
         assert sample.subtitles is not None and sample.duration_s is not None

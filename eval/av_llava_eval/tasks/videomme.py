@@ -73,10 +73,20 @@ class VideoMMEWithSubtitles(VideoMME):
         """All lines of the film; in the style ``lmms`` those that 32 even frames show."""
         lines = read_srt(sample.subtitles) if sample.subtitles and sample.subtitles.exists() else []
         if style == "lmms":
-            return subtitle_prompt(sample, _seen(sample, lines) if lines else None)
+            # A film that is missing is a failure of its questions, not of the run.
+            there = lines and sample.video is not None and sample.video.exists()
+            return subtitle_prompt(sample, _seen(sample, lines) if there else None)
         said = "\n".join(x.text for x in lines if x.text)
         question = super().prompt(sample, style)
         return f"The video's subtitles are:\n{said}\n\n{question}" if said else question
+
+    def check(self, root: str | Path, split: str | None = None) -> list[str]:
+        """Also whether there are subtitles at all; not every film has some."""
+        out = super().check(root, split)
+        files = {s.subtitles for s in self.scan(root, split).samples} if not out else set()
+        if files and not any(f is not None and f.exists() for f in files):
+            out.append(f"None of {len(files)} films has subtitles, such as {min(map(str, files))}.")
+        return out
 
 
 @register

@@ -94,7 +94,8 @@ class WorldSenseWithSubtitles(WorldSense):
         file = sample.subtitles
         lines = read_srt(file) if file is not None and file.exists() else []
         if style == "lmms":
-            said = self._seen(sample) if lines else "No subtitles available"
+            there = lines and sample.video is not None and sample.video.exists()
+            said = self._seen(sample) if there else "No subtitles available"
             block = f'{_FRAMES}This video\'s subtitles are listed below:\n"{said}"\n{_SELECT}'
             options = lettered(sample.options or ())
             return "\n".join([_SYSTEM, block, sample.question, *options, ""])
