@@ -25,6 +25,7 @@ from av_llava.errors import CheckpointError, unknown_name
 Compare = Callable[[Path], float]
 """Loads the finished folder and gives the largest difference from the source."""
 
+SENTENCEPIECE = "tokenizer.model"
 _LAST = "config.json"
 
 
@@ -70,6 +71,7 @@ def make_folder(
     prepared: Path | None = None,
     finish: Callable[[Path], None] | None = None,
     compare: Compare | None = None,
+    tokenizer_from: Sequence[Path] = (),
 ) -> Report:
     """Write a folder, unless it is only to be reported.
 
@@ -82,6 +84,7 @@ def make_folder(
         prepared: folder of small files to copy.
         finish: writes what else belongs into the folder.
         compare: for ``verify``.
+        tokenizer_from: folders that may hold ``tokenizer.model``; the first one is carried over.
 
     Raises:
         CheckpointError: the report has problems, the folder cannot be written, or the comparison
@@ -108,6 +111,7 @@ def make_folder(
             finish(folder)
         if prepared is not None:
             _copy_small(prepared, folder)
+        _carry_sentencepiece(tokenizer_from, folder)
         if options.verify and compare is not None:
             difference = compare(folder)
             check_difference(difference, options.tolerance, str(source))
@@ -145,6 +149,16 @@ def check_difference(difference: float, tolerance: float, source: str) -> None:
             f"The converted checkpoint differs from {source} by {difference:.3g}, where at most "
             f"{tolerance:.3g} is allowed. Nothing was kept of it."
         )
+
+
+def _carry_sentencepiece(sources: Sequence[Path], folder: Path) -> None:
+    """Copy SentencePiece's own file, which transformers 5 reads and does not write.
+
+    Other programs (llama.cpp's scripts, slow tokenizers) ask for it.
+    """
+    found = next((p / SENTENCEPIECE for p in sources if (p / SENTENCEPIECE).is_file()), None)
+    if found is not None and not (folder / SENTENCEPIECE).exists():
+        shutil.copyfile(found, folder / SENTENCEPIECE)
 
 
 def _copy_small(prepared: Path, folder: Path) -> None:

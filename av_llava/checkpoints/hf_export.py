@@ -149,6 +149,7 @@ def to_hf(source: str | Path, destination: str | Path | None, options: ConvertOp
             options,
             prepared=prepared,
             compare=lambda made: compare_hf(source, made, dtype),
+            tokenizer_from=[opened.path],
         )
 
 

@@ -56,4 +56,5 @@ def to_llava(source: str | Path, destination: str | Path | None, options: Conver
             options,
             prepared=prepared,
             compare=lambda made: compare_ours(source, made, dtype),
+            tokenizer_from=[opened.path],
         )

@@ -135,6 +135,7 @@ def merge_lora(
             options,
             prepared=prepared,
             compare=lambda made: _compare(source, opened, made, notes),
+            tokenizer_from=[opened.folder.path, opened.base.path],
         )
     return replace(report, notes=(*report.notes, *notes))
 

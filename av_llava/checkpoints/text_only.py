@@ -71,6 +71,7 @@ def to_text_only(
             options,
             prepared=prepared,
             compare=lambda made: compare_text(opened, made, dtype),
+            tokenizer_from=[opened.path],
         )
 
 

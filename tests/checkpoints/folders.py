@@ -69,6 +69,51 @@ def write_weights(folder: Path, state: dict[str, torch.Tensor], kind="safetensor
         (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
 
 
+def write_sentencepiece(folder: Path, symbols: tuple[str, ...] = (), **settings: Any) -> Any:
+    """Replace a folder's tokenizer by one of SentencePiece, as LLaVA publishes; return its model.
+
+    Args:
+        folder: of the checkpoint.
+        symbols: tokens that are taken whole.
+        settings: changes to ``tokenizer_config.json``.
+    """
+    spm = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    for old in folder.glob("*token*"):
+        old.unlink()
+    text = folder.parent / "text.txt"
+    text.write_text(
+        "What is in this image?\nA red ball moves to the left.\nUSER: ASSISTANT:\n" * 20
+    )
+    spm.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300 + len(symbols),
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        user_defined_symbols=list(symbols),
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    usual = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(usual | settings))
+    return spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
 def edit_weights(folder: Path, **changes: Any) -> None:
     """Add, replace or (with ABSENT) remove tensors."""
     state = {**read_weights(folder), **changes}

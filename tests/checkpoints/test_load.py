@@ -37,6 +37,7 @@ from .folders import (
     read_weights,
     refusal,
     same_weights,
+    write_sentencepiece,
     write_weights,
 )
 
@@ -567,40 +568,9 @@ def test_a_sentencepiece_tokenizer_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_a_sentencepiece_tokenizer_loads(tmp_path):
-    spm = pytest.importorskip("sentencepiece")
-    pytest.importorskip("google.protobuf")
     folder = copy_case(V15, tmp_path)
-    (folder / "tokenizer.json").unlink()
-    text = tmp_path / "text.txt"
-    text.write_text(
-        "What is in this image?\nA red ball moves to the left.\nUSER: ASSISTANT:\n" * 20
-    )
-    spm.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": False,
-        "add_bos_token": True,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = write_sentencepiece(folder)
     tokenizer = load(folder).tokenizer
-    own = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for prompt in ("What is in this image?", "USER: héllo\nASSISTANT:"):
         assert tokenizer(prompt).input_ids == [1, *own.encode(prompt)]
     assert tokenizer.pad_token_id == 0
