@@ -1,0 +1,261 @@
+"""A run that was killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from train_runs import losses, make_base, make_data, recipe, recipe_data, trainer_of
+from transformers import TrainerCallback
+
+from av_llava.errors import CheckpointError, DataError, UsageError
+from av_llava.training import recipe as recipes
+from av_llava.training.dataset import TrainingDataset
+from av_llava.training.run import train
+from av_llava.training.run_folder import RunFolder
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    make_base(folder)
+    make_data(folder, 8)
+    return folder
+
+
+def make(place: Path, output: Path, **changes):
+    """With dropout, so that random numbers count, over several epochs."""
+    own = {
+        "trainable": {"language_model": {"train": "lora", "lr": 1e-3}},
+        "lora": {"rank": 4, "dropout": 0.2},
+        "data": {"modality_dropout": {"sound": 0.5}},
+        "training": {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1},
+    }
+    return recipe_data(place / "base", place / "data.jsonl", output, **{**own, **changes})
+
+
+def start(file: Path, *words: str) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "av_llava.cli", "train", str(file), *words]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def steps_logged(output: Path) -> int:
+    log = output / "train_log.jsonl"
+    return sum('"loss"' in line for line in log.read_text().splitlines()) if log.is_file() else 0
+
+
+def kill_after(process: subprocess.Popen, output: Path, steps: int, delay_s: float) -> None:
+    """End it without warning some time after it logged a step."""
+    deadline = time.monotonic() + 240
+    while steps_logged(output) < steps and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kill_and_resume_gives_the_same_losses_bit_for_bit(place: Path, tmp_path: Path, seed: int):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    workers = {"batch": {"max_samples": 3, "workers": seed}}
+    train(
+        recipe(
+            place / "base", place / "data.jsonl", whole, **_changes(make(place, whole, **workers))
+        )
+    )
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(make(place, killed, **workers)))
+    chance = random.Random(seed)
+    first, second = sorted(chance.sample(range(1, STEPS - 1), 2))
+    kill_after(start(file), killed, first, chance.random() * 0.1)
+    kill_after(start(file, "--resume"), killed, second, chance.random() * 0.1)
+    last = start(file, "--resume")
+    _, said = last.communicate()
+    assert last.returncode == 0, said
+    assert losses(killed) == losses(whole) and len(losses(whole)) == STEPS
+    for name in ("adapter_model.safetensors", "multimodal.safetensors", "token_rows.safetensors"):
+        one, other = load_file(whole / "final" / name), load_file(killed / "final" / name)
+        assert one.keys() == other.keys() and all((one[k] == other[k]).all() for k in one)
+    assert not list(killed.glob(".*partial*"))
+
+
+def _changes(data: dict) -> dict:
+    return {k: v for k, v in data.items() if k not in ("output",)}
+
+
+# ---------------------------------------------------------------- in this process
+
+
+def interrupted(place: Path, output: Path, after: int, **changes) -> dict:
+    """A run that ended after a step, as its recipe's data."""
+    data = make(place, output, **changes)
+    settings = recipe(place / "base", place / "data.jsonl", output, **_changes(data))
+    RunFolder(output).claim(resume=False)
+    RunFolder(output).write("recipe.yaml", recipes.to_yaml(settings))
+    trainer, _ = trainer_of(settings)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == after:
+                control.should_training_stop = True
+
+    trainer.add_callback(Stop())
+    trainer.train()
+    return data
+
+
+def test_media_of_steps_that_were_done_are_not_read_again(place, tmp_path, monkeypatch) -> None:
+    output = tmp_path / "out"
+    data = interrupted(place, output, 5)
+    read = []
+    original = TrainingDataset.__getitems__
+    monkeypatch.setattr(
+        TrainingDataset,
+        "__getitems__",
+        lambda self, i: (read.append((i.epoch, i.number)), original(self, i))[1],
+    )
+    train(recipe(place / "base", place / "data.jsonl", output, **_changes(data)), resume=True)
+    per_epoch = json.loads((output / "run.json").read_text())["batches_per_epoch"]
+    assert read == [divmod(step, per_epoch) for step in range(5, STEPS)]
+    assert sorted(losses(output)) == list(range(1, STEPS + 1))
+
+
+def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.last_checkpoint() is None
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-11", ".checkpoint-12.partial-0000"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-11":  # its state is not there: nothing we wrote
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert folder.last_checkpoint() == tmp_path / "checkpoint-10"
+
+
+def test_what_a_crash_left_is_removed(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("{}")
+    left = tmp_path / ".checkpoint-3.partial-0000"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    folder = RunFolder(tmp_path)
+    folder.claim(resume=True)
+    assert not left.exists()
+    folder.release()
+
+
+def test_two_runs_cannot_write_into_one_folder(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path / "out")
+    first.claim(resume=False)
+    code = (
+        "import sys; from av_llava.training.run_folder import RunFolder\n"
+        f"RunFolder({str(tmp_path / 'out')!r}).claim(resume=False)"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert other.returncode == 1
+    assert f"Another run writes into {tmp_path / 'out'} (process {os.getpid()})" in other.stderr
+    first.release()
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_used_folder_is_refused_unless_resumed(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    settings = recipe(place / "base", place / "data.jsonl", tmp_path)
+    with pytest.raises(UsageError, match="is not empty"):
+        train(settings)
+    with pytest.raises(UsageError, match="holds no run"):
+        train(settings, resume=True)
+    with pytest.raises(UsageError, match="is a file"):
+        train(settings.replace(output=str(tmp_path / "notes.txt")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 7}, "was begun with seed = 42, not 7"),
+        ({"lora": {"rank": 8}}, "lora.rank = 4, not 8"),
+        ({"training": {"max_steps": STEPS + 1}}, "training.max_steps"),
+    ],
+)
+def test_another_recipe_cannot_resume(place, tmp_path, changes, said) -> None:
+    output = tmp_path / "out"
+    data = interrupted(place, output, 2)
+    settings = recipe(place / "base", place / "data.jsonl", output, **_changes(data))
+    with pytest.raises(UsageError, match=said):
+        train(recipe(place / "base", place / "data.jsonl", output,
+                     **{**_changes(data), **{k: {**data[k], **v} if isinstance(v, dict) else v
+                                             for k, v in changes.items()}}), resume=True)  # fmt: skip
+    assert settings.output == str(output)
+
+
+def test_other_data_cannot_resume(place: Path, tmp_path: Path) -> None:
+    output, file = tmp_path / "out", make_data(tmp_path, 8)
+    data = make(place, output)
+    data["data"]["train"] = str(file)
+    settings = recipe(place / "base", file, output, **_changes(data))
+    run = RunFolder(output)
+    trainer, _ = trainer_of(settings.replace(training={**settings.training, "max_steps": 2}))
+    trainer.train()
+    run.write("recipe.yaml", recipes.to_yaml(settings))
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
+    with pytest.raises(DataError, match="batches would repeat"):
+        train(settings, resume=True)
+
+
+def test_settings_that_no_step_depends_on_may_change(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    data = interrupted(place, output, 8)
+    data["training"]["save_steps"] = 3
+    data["training"]["logging_steps"] = 2
+    data["batch"]["prefetch"] = 1
+    train(recipe(place / "base", place / "data.jsonl", output, **_changes(data)), resume=True)
+    assert (output / "final").is_dir()
+
+
+def test_a_checkpoint_of_other_parts_is_refused(place: Path, tmp_path: Path) -> None:
+    interrupted(place, tmp_path / "one", 1)
+    other = make(place, tmp_path / "two", trainable={"language_model": "last:1"})
+    settings = recipe(place / "base", place / "data.jsonl", tmp_path / "two", **_changes(other))
+    trainer, _ = trainer_of(settings)
+    with pytest.raises(CheckpointError, match="trained other parts"):
+        trainer.artefacts.read(tmp_path / "one" / "checkpoint-1")
+
+
+def test_a_finished_run_is_left_alone(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    settings = recipe(place / "base", place / "data.jsonl", output, training={"max_steps": 1})
+    final = train(settings)
+    before = (final / "model.safetensors").stat().st_mtime_ns
+    assert train(settings, resume=True) == final
+    assert (final / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_that_never_saved_begins_anew(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    settings = recipe(place / "base", place / "data.jsonl", output, training={"max_steps": 2})
+    run = RunFolder(output)
+    run.claim(resume=False)
+    run.write("recipe.yaml", recipes.to_yaml(settings))
+    run.write("train_log.jsonl", '{"step": 1, "loss": 99.0}\n{"step": 2, "lo')
+    run.release()
+    train(settings, resume=True)
+    assert sorted(losses(output)) == [1, 2] and 99.0 not in losses(output).values()
+
+
+def test_the_log_is_cut_where_the_run_goes_on(tmp_path: Path) -> None:
+    rows = [{"step": n, "loss": n} for n in range(1, 6)]
+    text = "".join(json.dumps(r) + "\n" for r in rows) + '{"step": 6, "lo'
+    (tmp_path / "train_log.jsonl").write_text(text)
+    RunFolder(tmp_path).cut_log(3)
+    assert losses(tmp_path) == {1: 1, 2: 2, 3: 3}
