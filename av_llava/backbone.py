@@ -9,7 +9,7 @@ language_model}``; on disk they have LLaVA's names (``weight_names.py``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from av_llava import modalities, weight_names
 from av_llava.aggregators import Aggregator
-from av_llava.aggregators.image_layout import ImagePlan, merge_tiles
+from av_llava.aggregators.image_layout import ImagePlan
 from av_llava.audio.placement import AudioPlan
 from av_llava.audio.projector import AudioProjector, build_audio_projector
 from av_llava.audio.towers import build_audio_tower
 from av_llava.config import AVLlavaConfig
+from av_llava.encoding import (
+    TowerOutputs,
+    absent_parts,
+    absent_sight,
+    absent_sound,
+    audio_features,
+    visual_features,
+)
 from av_llava.errors import UsageError
 from av_llava.planning import MediaPlan, MediaPlanner, TokenPlan
 from av_llava.projectors import build_projector
@@ -162,13 +170,13 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
         """
         return self.mm_projector(self.encode_patches(pixels))
 
-    def encode_patches(self, pixels: Tensor) -> Tensor:
-        """Tower only. [N, 3, H, W] to [N, P, D_vision]."""
+    def encode_patches(self, pixels: Tensor, max_batch: int | None = None) -> Tensor:
+        """Tower only, ``max_batch`` at a time. [N, 3, H, W] to [N, P, D_vision]."""
         if self.vision_tower is None:
             raise UsageError("This model has no vision tower: it cannot take images or videos.")
         if pixels.is_floating_point():
             pixels = pixels.to(self.vision_tower.dtype)  # the tower answers in the type it is given
-        return self.vision_tower(pixels)
+        return self.vision_tower(pixels, max_batch)
 
     def get_image_features(
         self, pixel_values: Tensor | Sequence[Tensor], plans: Sequence[ImagePlan]
@@ -182,11 +190,8 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
         Returns:
             ``.pooler_output`` is a list of [n_tokens, D], one an image.
         """
-        tiles = self.encode_images(_rows(pixel_values))
-        parts = tiles.split([plan.n_tiles for plan in plans])
-        newline = self.media_tokens(None).get("newline")
-        merged = [merge_tiles(f, p, newline) for f, p in zip(parts, plans, strict=True)]
-        return BaseModelOutputWithPooling(pooler_output=merged)
+        stills, _ = visual_features(self, (pixel_values, plans), (None, ()), None)
+        return BaseModelOutputWithPooling(pooler_output=stills)
 
     def get_video_features(
         self,
@@ -205,35 +210,9 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
         Returns:
             ``.pooler_output`` is a list of [n_tokens, D], one a video.
         """
-        before = aggregator.settings.stage == "pre"
-        encode = self.encode_patches if before else self.encode_images
-        videos = _rows(pixel_values_videos).split([plan.frames for plan in plans])
-        marks = self.media_tokens(None)
-        out = []
-        for features, plan in zip(self._encoded(videos, encode), plans, strict=True):
-            grids = (f.unflatten(1, _grid(plan, f.shape[1])) for f in features)
-            reduced = aggregator.reduce_chunks(grids, plan)
-            if before:
-                reduced = reduced.map(self.mm_projector)
-            out.append(aggregator.assemble(reduced, plan, marks).tokens)
-        return BaseModelOutputWithPooling(pooler_output=out)
-
-    def _encoded(
-        self, videos: Sequence[Tensor], encode: Callable[[Tensor], Tensor]
-    ) -> Iterator[Iterable[Tensor]]:
-        """Features of each video in pieces of consecutive frames.
-
-        What fits the tower at once is encoded at once, over all videos; long videos go piece by
-        piece, so that only pooled patches are kept.
-        """
-        lengths = [len(video) for video in videos]
-        limit = self.config.vision.max_batch
-        if sum(lengths) <= limit:
-            for features in encode(_rows(videos)).split(lengths):
-                yield [features]
-        else:
-            for video in videos:
-                yield (encode(piece) for piece in video.split(limit))
+        videos = (pixel_values_videos, plans)
+        _, films = visual_features(self, (None, ()), videos, aggregator)
+        return BaseModelOutputWithPooling(pooler_output=films)
 
     def get_audio_features(
         self, input_features: Any, plans: Sequence[AudioPlan]
@@ -247,12 +226,8 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
         Returns:
             ``.pooler_output`` is a list of [n_tokens, D], one a clip.
         """
-        if self.audio_tower is None:
-            raise UsageError("This model has no audio tower: it cannot take sound.")
-        tower = self.audio_tower
-        lengths = torch.tensor([n for plan in plans for n in plan.chunk_lengths])
-        frames, _ = tower(input_features, lengths)
-        return BaseModelOutputWithPooling(pooler_output=self.mm_audio_projector(frames, plans))
+        heard = audio_features(self, input_features, plans)
+        return BaseModelOutputWithPooling(pooler_output=heard)
 
     def prepare_inputs(
         self,
@@ -261,61 +236,41 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
         pixel_values_videos: Tensor | Sequence[Tensor] | None = None,
         input_features: Any = None,
         modality_inputs: Mapping[str, Sequence[Tensor]] | None = None,
+        tower_outputs: TowerOutputs | None = None,
     ) -> Tensor:
         """Encode what the batch holds and splice it into the text embeddings. [B, L, D]
 
         Three branches: ``none`` runs no encoder, ``audio`` the audio tower, ``vision`` the
-        vision tower and, for media with sound, the audio tower.
+        vision tower and, for media with sound, the audio tower. Media that ``tower_outputs`` knows
+        have no pixels and samples.
         """
         features: dict[str, list[Tensor]] = {}
+        absent = self._marks()
         if media.branch == VISION:
-            if media.images:
-                features["image"] = self.get_image_features(
-                    _given(pixel_values, "pixel_values", "images"), media.images
-                ).pooler_output
-            if media.videos:
-                features["video"] = self.get_video_features(
-                    _given(pixel_values_videos, "pixel_values_videos", "videos"),
-                    media.videos,
-                    media.aggregator,
-                ).pooler_output
-        if media.branch != NONE and media.audios:
-            features["audio"] = self.get_audio_features(
-                _given(input_features, "input_features", "sound"), media.audios
-            ).pooler_output
-        for name, items in (modality_inputs or {}).items():
-            features[name] = self.modalities[name](list(items))
-        if self.training:
-            features |= self._absent(features)
+            images, videos = (pixel_values, media.images), (pixel_values_videos, media.videos)
+            stills, films = visual_features(self, images, videos, media.aggregator, tower_outputs)
+            features |= {k: v for k, v in (("image", stills), ("video", films)) if v}
+        else:
+            absent += absent_sight(self)
+        if media.audios:
+            features["audio"] = audio_features(self, input_features, media.audios, tower_outputs)
+        else:
+            absent += absent_sound(self)
+        for name, module in self.modalities.items():
+            items = (modality_inputs or {}).get(name)
+            if items is not None:
+                features[name] = module(list(items))
+            elif self.training:
+                absent += absent_parts(module, self.media_tokens.width)
+        if absent:
+            features["absent"] = absent
         return splice(self.get_input_embeddings(), media.splice, features)
 
-    def _absent(self, features: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-        """Zero rows of every trainable part that this batch does not use.
-
-        So all ranks of a distributed run have one graph.
-        """
-        rows = [vector[None][:0] for vector in self.media_tokens(None).values()]
-        if self.vision_tower is not None and not features.keys() & {"image", "video"}:
-            rows += self._dummy_vision()
-        if self.audio_tower is not None and "audio" not in features:
-            rows += self._dummy_audio()
-        return {"absent": rows}
-
-    def _dummy_vision(self) -> list[Tensor]:
-        if not _trainable(self.vision_tower, self.mm_projector):
+    def _marks(self) -> list[Tensor]:
+        """In training, zero rows of every mark, so that all are in the graph. [0, D]"""
+        if not self.training:
             return []
-        size = self.vision_tower.input_size
-        pixels = torch.zeros((1, 3, size, size), dtype=torch.uint8)
-        return [self.encode_images(pixels).flatten(0, 1)[:0]]
-
-    def _dummy_audio(self) -> list[Tensor]:
-        if not _trainable(self.audio_tower, self.mm_audio_projector):
-            return []
-        if not _trainable(self.audio_tower):
-            return [self.mm_audio_projector.dummy()]
-        inputs = self.audio_tower.features([torch.zeros(self.config.audio.min_samples)])
-        frames, _ = self.audio_tower(inputs.features, inputs.lengths)
-        return [self.mm_audio_projector.dummy(frames)]
+        return [vector[None][:0] for vector in self.media_tokens(None).values()]
 
     def forward(
         self,
@@ -330,12 +285,18 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
         pixel_values_videos: Tensor | Sequence[Tensor] | None = None,
         input_features: Any = None,
         modality_inputs: Mapping[str, Sequence[Tensor]] | None = None,
+        tower_outputs: TowerOutputs | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the headless language model; media are spliced in when a plan is given."""
         if inputs_embeds is None and media is not None:
             inputs_embeds = self.prepare_inputs(
-                media, pixel_values, pixel_values_videos, input_features, modality_inputs
+                media,
+                pixel_values,
+                pixel_values_videos,
+                input_features,
+                modality_inputs,
+                tower_outputs,
             )
             input_ids = None
             if attention_mask is None:
@@ -356,30 +317,3 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-
-
-def _rows(pixels: Tensor | Sequence[Tensor]) -> Tensor:
-    """All tiles or frames in one tensor. [N, 3, H, W]"""
-    if isinstance(pixels, Tensor):
-        return pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
-    return torch.cat(list(pixels)) if len(pixels) > 1 else pixels[0]
-
-
-def _grid(plan: TokenPlan, n_patches: int) -> tuple[int, int]:
-    """The plan's grid, checked against the patches that came."""
-    if plan.height * plan.width != n_patches:
-        raise UsageError(
-            f"The video was planned for a grid of {plan.height}x{plan.width} patches, but the "
-            f"tower gave {n_patches} a frame. Videos need the select feature 'patch' (no CLS)."
-        )
-    return plan.height, plan.width
-
-
-def _given(value: Any, name: str, what: str) -> Any:
-    if value is None:
-        raise UsageError(f"The prompt holds {what}, but {name} was not given.")
-    return value
-
-
-def _trainable(*modules: nn.Module) -> bool:
-    return any(p.requires_grad for module in modules for p in module.parameters())

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from av_llava.config import AVLlavaConfig
 from av_llava.prepared import Prepared
 from av_llava.settings import IGNORE_INDEX
@@ -108,8 +106,3 @@ def resident_bytes() -> int:
 def pad_token_id(tokenizer: Any) -> int:
     """The id that padding is written with; it is masked, so that any will do."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
-
-
-def is_empty(labels: torch.Tensor) -> bool:
-    """Whether nothing of a batch is learned."""
-    return bool((labels[:, 1:] == IGNORE_INDEX).all())
