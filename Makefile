@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench gpu-check fmt test-oldest test-lmms clean
+.PHONY: help setup demo test check bench gpu-check fmt test-oldest llama-test test-lmms clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -56,6 +56,15 @@ test-oldest: .venv-oldest/.stamp  ## Run the tests with the oldest allowed depen
 	.venv-oldest/bin/python $(PIP) install -e ".[dev]" -c constraints-oldest.txt
 	@touch $@
 
+llama-test: setup .venv-llama/.stamp  ## Compare exported GGUF files with llama.cpp (builds it once).
+	$(BIN)/python -m pytest tests/checkpoints/test_llama_cpp.py
+
+# llama.cpp from source, in an environment of its own: it is called as a program.
+.venv-llama/.stamp:
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/python $(PIP) install llama-cpp-python==0.3.36
+	@touch $@
+
 test-lmms: .venv-lmms/.stamp  ## Run the real lmms-eval with this model (1.5 GB more).
 	.venv-lmms/bin/python -m pytest tests/lmms
 
@@ -69,4 +78,4 @@ test-lmms: .venv-lmms/.stamp  ## Run the real lmms-eval with this model (1.5 GB 
 	@touch $@
 
 clean:  ## Remove the virtual environments and caches.
-	rm -rf $(VENV) .venv-oldest .venv-lmms .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-oldest .venv-llama .venv-lmms .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -1,4 +1,7 @@
-"""docs/converting.md: its commands run, its Python runs, its tests exist, its converters too."""
+"""docs/converting.md: its commands and Python run; the tests of its tables exist, and converters.
+
+Of docs/checkpoints.md the tables are tested here, too.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import pytest
 from golden_data import golden
 
 from av_llava.checkpoints.convert import CONVERTERS
@@ -38,12 +42,19 @@ def test_commands_and_python_run_in_the_order_of_the_page(tmp_path, monkeypatch,
     assert (tmp_path / "llava-v1.6" / "config.json.bak").is_file()
 
 
-def test_every_test_of_the_tables_exists():
-    named = re.findall(r"`(tests/[\w/.]+)::(\w+)`", PAGE)
-    assert len(named) > 15
+@pytest.mark.parametrize(("page", "at_least"), [("converting", 25), ("checkpoints", 45)])
+def test_every_row_of_the_tables_names_tests_that_exist(page, at_least):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/.]+)::(\w+)`", text)
+    assert len(named) >= at_least
     for file, function in named:
-        text = (ROOT / file).read_text(encoding="utf-8")
-        assert re.search(rf"^def {function}\(", text, re.MULTILINE), f"{file}::{function}"
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def {function}\(", source, re.MULTILINE), f"{file}::{function}"
+    tables = re.findall(r"^\|[^\n]*\| test \|\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    rows = [row for table in tables for row in table.splitlines()]
+    groups = [row for row in rows if re.fullmatch(r"\| \*\*[^|]+\*\* \|(  \|)+", row)]
+    assert len(tables) == 2 and len(rows) - len(groups) >= 24
+    assert [row for row in rows if row not in groups and "`tests/" not in row] == []
 
 
 def test_the_converters_of_the_tables_exist():

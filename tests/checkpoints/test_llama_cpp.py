@@ -1,8 +1,8 @@
 """llama.cpp itself reads exported files, and computes from them what this package computes.
 
 It runs as a program of its own (llama_client.py), with the Python that has llama-cpp-python: this
-one, that of AV_LLAVA_LLAMA_PYTHON, or that of .venv-llama in the repository, which the commands in
-the message make (about three minutes on two free cores).
+one, that of AV_LLAVA_LLAMA_PYTHON, or that of .venv-llama in the repository, which `make llama-test`
+makes (about three minutes on two free cores).
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ torch.set_num_threads(1)
 
 CLIENT = Path(__file__).with_name("llama_client.py")
 REPOSITORY = Path(__file__).parents[2]
-INSTALL = (
-    "python3 -m venv .venv-llama && .venv-llama/bin/python -m pip install llama-cpp-python==0.3.36"
-)
 PROMPT = "USER: <image>\nWhat is in the picture? ASSISTANT:"
 N_NEW = 12
 # Root mean squares of differences, relative to that of ours. llama.cpp looks GELU up in float16
@@ -62,7 +59,7 @@ def interpreter():
 @pytest.fixture(autouse=True)
 def _client():
     if interpreter() is None:
-        pytest.skip(f"llama-cpp-python is not installed: {INSTALL}")
+        pytest.skip("llama-cpp-python is not installed: make llama-test")
 
 
 def run(tmp_path, **job):
