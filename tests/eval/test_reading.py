@@ -25,6 +25,7 @@ from av_llava_eval.reading import open_mmmu, short_text, spans, verdicts, yes_no
         ("The answer is no.", "no"),
         ("Answer: Yes", "yes"),
         ("The dog barks, so yes", "yes"),
+        ("I think no.", "no"),
         ("Nothing moves", None),
         ("not sure", None),
         ("No-one is there", None),
@@ -235,7 +236,7 @@ def test_every_frame_stands_once_and_in_order_among_the_subtitles(
     ]
 
 
-@given(st.integers(1, 3000), st.sampled_from([-1, 1, 2, 8, 32, 768]))
+@given(st.integers(1, 400), st.sampled_from([-1, 1, 2, 8, 32, 120]))
 def test_sampled_frames_are_numpys(n_frames: int, frame_num: int) -> None:
     """A line per frame: the lines that are shown are the frames of numpy.linspace."""
     import numpy as np

@@ -14,6 +14,7 @@ from av_llava_eval.sample import Prediction
 _FIRST = re.compile(r"^[\W_]*(yes|no)\b(?![-'’]?\w)", re.IGNORECASE)
 _DECLARED = re.compile(r"\banswer\b\W*(?:is|:|=)?\W*\b(yes|no)\b", re.IGNORECASE)
 _WORD = re.compile(r"(?<![\w-])(yes|no)(?![\w'’-])", re.IGNORECASE)
+_ENDS_WITH_NO = re.compile(r"(?<![\w-])no[\s.!)*\"']*$", re.IGNORECASE)
 
 
 def read(text: str) -> Prediction:
@@ -31,8 +32,8 @@ def read(text: str) -> Prediction:
     if len(words) == 1:
         # "No" before a noun ("there is no car") says something else than the answer no.
         only = words.pop()
-        if only == "yes":
-            return Prediction("yes", "only word")
+        if only == "yes" or _ENDS_WITH_NO.search(said):
+            return Prediction(only, "only word")
         return Prediction(None, "unparsed")
     return Prediction(None, "several" if words else "unparsed")
 
