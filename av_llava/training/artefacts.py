@@ -7,6 +7,7 @@ Trained weights are written as they are (float32), so that resuming changes no b
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,9 +84,11 @@ class Artefacts:
         state = _whole_state(self.model, state_dict)
         if dtype is not None:
             state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        with _without_adapter(inner), _config_dtype(inner, dtype):
+        with _without_adapter(inner):
             inner.save_pretrained(folder, state_dict=state)
             self.processor.save_pretrained(folder)
+        if dtype is not None:
+            _name_dtype(folder / "config.json", dtype)
 
     def write_trained(self, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write what resuming needs beside :meth:`write`."""
@@ -158,18 +161,14 @@ def _without_adapter(model: Any) -> Iterator[None]:
             model._hf_peft_config_loaded = marked
 
 
-@contextmanager
-def _config_dtype(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
-    """Have the configuration name the type that is written."""
-    if dtype is None:
-        yield
-        return
-    parts = [c for c in (model.config, model.config.text_config) if c is not None]
-    before = [c.dtype for c in parts]
-    for config in parts:
-        config.dtype = dtype
-    try:
-        yield
-    finally:
-        for config, old in zip(parts, before, strict=True):
-            config.dtype = old
+def _name_dtype(file: Path, dtype: torch.dtype) -> None:
+    """Have a configuration name the type that was written; transformers names the model's."""
+    name = str(dtype).removeprefix("torch.")
+
+    def named(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: name if k == "dtype" and v else named(v) for k, v in value.items()}
+
+    data = named(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
