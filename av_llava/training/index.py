@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -107,6 +108,8 @@ def build_index(
         DataError: the file cannot be written; a process died.
     """
     options = options or processor.media_options()
+    if not isinstance(options.audio, str):
+        raise UsageError("A sound given as an array cannot be used for an index; name a file.")
     measurer = Measurer(store, processor, options)
     index = _empty(len(store))
     kept = None if file is None else IndexFile(Path(file), measurer.key(), len(store))
@@ -189,8 +192,6 @@ class Measurer:
 
     def key(self) -> dict[str, str]:
         """What lengths depend on, beside the media: name → digest."""
-        if not isinstance(self.options.audio, str):
-            raise UsageError("A sound given as an array cannot be used for an index; name a file.")
         tokenizer, template = self.processor.tokenizer, self.processor.template
         backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
         config = json.loads(self.processor.config.to_json_string(use_diff=False))
@@ -345,13 +346,23 @@ def _unheard() -> Iterator[None]:
 
 
 def _begin(measurer: Measurer, stop: Any) -> None:
-    """Set a worker process up; Ctrl-C is for the one that waits for it."""
+    """Set a worker process up; Ctrl-C is for the one that waits for it, and it ends with that."""
     import torch
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     global _measurer, _stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     _measurer, _stop = measurer, stop
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, killed perhaps."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _chunk(chunk: int) -> Measured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 
@@ -69,13 +70,9 @@ def test_lines(tmp_path_factory, rows, data, block_bytes):
 def test_any_bytes_give_rows_or_an_error(tmp_path_factory, data, block_bytes):
     path = tmp_path_factory.mktemp("bytes") / "rows.json"
     path.write_bytes(data)
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            table, rows = rows_of(path, block_bytes, patch)
-        except DataError as error:
-            assert str(path) in str(error)
-            return
-    assert rows and all(row.strip() for row in rows)
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(DataError):
+        _, rows = rows_of(path, block_bytes, patch)
+        assert rows and all(row.strip() for row in rows)
 
 
 @pytest.mark.parametrize(
