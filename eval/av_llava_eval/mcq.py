@@ -12,7 +12,7 @@ What is looked for, the surest first:
 5. a letter at the beginning that is marked as a label (``B.``, ``(B)``, ``B:``) or is a line,
 6. a letter at the end,
 7. the only letter in brackets,
-8. an option's text at the beginning or the end of the answer,
+8. an option's text at the beginning or the end of the answer; one of several words anywhere,
 9. the only capital letter that stands alone (not the words "A" and "I").
 
 A list that only repeats the options names several, and so does "A or B". Rules of other harnesses,
@@ -89,7 +89,7 @@ def default_rule(text: str, options: Sequence[str]) -> Prediction:
         return found
     if _ALTERNATIVE.match(said):
         return Prediction(None, "several")
-    for step in (_declared, _start_or_end, _bracketed, _text_at_an_end, _only_capital):
+    for step in (_declared, _start_or_end, _bracketed, _text_in_the_answer, _only_capital):
         if found := step(said, options):
             return found
     return Prediction(None, "several" if len(_capitals(said, letters)) > 1 else "unparsed")
@@ -172,7 +172,7 @@ def _declared(said: str, options: Sequence[str]) -> Prediction | None:
         lone = line.strip(_DECORATION)
         if len(lone) == 1 and lone.isalpha():
             return _letter(lone, letters, "declared") or Prediction(None, "unparsed")
-        if found := _text_at_an_end(line, options):
+        if found := _text_in_the_answer(line, options):
             return _named(found, "declared text")
     return None
 
@@ -201,18 +201,19 @@ def _bracketed(said: str, options: Sequence[str]) -> Prediction | None:
     return _letter(only, letters, "letter in brackets") if only else None
 
 
-def _text_at_an_end(said: str, options: Sequence[str]) -> Prediction | None:
-    """An option's text that begins or ends the answer; the longest, where one holds another."""
+def _text_in_the_answer(said: str, options: Sequence[str]) -> Prediction | None:
+    """An option's text in the answer; the longest, where one holds another.
+
+    A single word must begin or end the answer: inside, it may be about something else.
+    """
     words = plain_words(said)
     found: list[tuple[int, int]] = []
     for index, option in enumerate(options):
         text = plain_words(option)
-        if not text:
-            continue
-        begins = re.match(rf"{re.escape(text)}(?!\w)", words)
-        ends = re.search(rf"(?<!\w){re.escape(text)}$", words)
-        denied = ends and _NEGATION.search(words[max(0, ends.start() - 24) : ends.start()])
-        if (begins or ends) and not denied:
+        places = list(re.finditer(rf"(?<!\w){re.escape(text)}(?!\w)", words)) if text else []
+        if " " not in text:
+            places = [m for m in places if m.start() == 0 or m.end() == len(words)]
+        if any(not _NEGATION.search(words[max(0, m.start() - 24) : m.start()]) for m in places):
             found.append((len(text), index))
     longest = max(found, default=(0, 0))[0]
     best = [i for size, i in found if size == longest]

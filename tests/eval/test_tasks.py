@@ -16,8 +16,6 @@ from av_llava_eval.answerer import Clip, Reply
 from av_llava_eval.records import RunFolder, sample_of_row, sample_row
 from av_llava_eval.runner import RunSettings, run
 
-JUDGED = {"tempcompass_captioning"}
-"""Tasks that give no score without a judge."""
 NUMBERED = {m.name for m in MINIS if not m.ids}
 
 every = pytest.mark.parametrize("mini", MINIS, ids=[m.name for m in MINIS])
@@ -91,11 +89,10 @@ def test_right_wrong_and_empty_answers(mini: Mini, data: Path) -> None:
     if not labelled:
         assert good["headline"] is bad["headline"] is empty["headline"] is None
         return
-    expected = 0.0 if mini.task in JUDGED else 1.0
-    assert good["headline"] == pytest.approx(expected, abs=1e-9)
+    assert good["headline"] == pytest.approx(1.0, abs=1e-9)
     assert bad["headline"] == pytest.approx(0.0)
     assert empty["headline"] == 0.0 and empty["unparsed"] == len(labelled)
-    assert good["unparsed"] == (len(labelled) if mini.task in JUDGED else 0)
+    assert good["unparsed"] == 0
     for grouping in task.groupings:
         counts = good["groups"][grouping]
         assert sum(g["n"] for g in counts.values()) >= len(labelled), grouping
@@ -148,7 +145,7 @@ def test_a_run_from_the_files_to_the_headline(mini: Mini, data: Path, tmp_path: 
     answers = {id_: row["raw"] for (_, id_), row in kept.answers().items()}
     records = [task.score_sample(s, answers[s.id]) for s in kept.samples()]
     out = task.aggregate(records)
-    if any(s.answer is not None for s in samples) and mini.task not in JUDGED:
+    if any(s.answer is not None for s in samples):
         assert out["headline"] == pytest.approx(1.0, abs=1e-9)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,21 @@ def _worldsense() -> list[Mini]:
         (root / "subtitles").mkdir(exist_ok=True)
         (root / "subtitles" / "ws0.srt").write_text(SRT)
 
+    tasks = {"question", "candidates", "answer", "task_type", "task_domain"}
+    own = ("index", "video", "video_path", "audio_path", "subtitle_path")
+
+    def original(root: Path, rows: Rows) -> None:
+        films: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            film = {k: v for k, v in row.items() if k not in tasks and k not in own}
+            at = films.setdefault(row["video"], {"video_id": row["video"], **film})
+            at[f"task{len([k for k in at if k.startswith('task')])}"] = {
+                k: v for k, v in row.items() if k in tasks
+            }
+        (root / "worldsense_qa.json").write_text(json.dumps(films))
+
     return [
+        Mini("worldsense", rows, original, layout="original", **{**facts, "ids": ()}),
         Mini("worldsense", rows, to_jsonl("worldsense_qa.jsonl"), layout="jsonl", **facts),
         Mini("worldsense", rows, table, layout="parquet", **facts),
         Mini("worldsense_w_subtitle", rows, with_subtitles, **facts),

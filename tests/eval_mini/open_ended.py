@@ -112,7 +112,11 @@ def _captioning() -> list[Mini]:
         for v in (0, 1)
     ]  # fmt: skip
     tree = to_tree("questions/captioning.json", "video_id", "dim")
-    return [Mini("tempcompass_captioning", rows, tree, ("videos/700.mp4", "videos/701.mp4"), 2)]
+    media = ("videos/700.mp4", "videos/701.mp4")
+    bad = {"mc_answer": "C. never"}
+    return [
+        Mini("tempcompass_captioning", rows, tree, media, 2, bad_answer=bad, drop="mc_question")
+    ]
 
 
 MINIS = [*_nextqa(), *_pairs(), *_videochatgpt(), *_charades(), *_captioning()]

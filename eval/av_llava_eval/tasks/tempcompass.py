@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from av_llava_eval import mcq
 from av_llava_eval.annotations import find_file, find_medium, read_rows
 from av_llava_eval.choices import ChoiceTask, letter_of_text
 from av_llava_eval.points import Record, group_scores, points
-from av_llava_eval.reading import verdicts, yes_no
+from av_llava_eval.reading import short_text, verdicts, yes_no
 from av_llava_eval.sample import LETTERS, Prediction, Sample
 from av_llava_eval.task import Doc, Task, register
 
@@ -182,38 +183,43 @@ class CaptionMatching(_TempCompass, ChoiceTask):
 
 @register
 class Captioning(_TempCompass):
-    """A free description, by which a judge answers a question with options."""
+    """A free description, by which a judge answers a question with options.
+
+    Without a judge: whether the description names the right option and no other.
+    """
 
     name = "tempcompass_captioning"
     title = "TempCompass (captioning)"
     size = "410 videos"
     needs = ("questions/captioning.json or captioning/test-*.parquet", "videos/ID.mp4", "a judge")
     stem = "captioning"
-    metric = "judge's accuracy"
+    metric = "right option named"
     max_new_tokens = 256
 
     def sample(self, doc: Doc, index: int, root: Path) -> Sample:
         """``mc_question`` and ``mc_answer`` are for the judge."""
-        found = self._sample(
-            {**doc, "answer": doc["mc_answer"]}, index, root, question=doc["question"]
-        )
-        meta = {**found.meta, "mc_question": doc["mc_question"]}
-        return Sample(found.id, found.group, found.question, video=found.video, meta=meta)
+        options = mcq.strip_letters(doc["mc_question"].split("\n")[1:])
+        at = LETTERS.find(doc["mc_answer"].strip()[:1] or "?")
+        if not 0 <= at < len(options):
+            raise DataError(f"the answer {doc['mc_answer']!r} is none of {len(options)} options")
+        whole = {**doc, "answer": doc["mc_answer"]}
+        found = self._sample(whole, index, root, question=doc["question"], answer=options[at])
+        meta = {**found.meta, "mc_question": doc["mc_question"], "choices": list(options)}
+        return replace(found, meta=meta)
 
     def prompt(self, sample: Sample, style: str = "default") -> str:
         """The question as it is."""
         return sample.question
 
     def extract(self, text: str, sample: Sample, compat: str | None = None) -> Prediction:
-        """The words as they are."""
-        said = mcq.clean(text or "")
-        return Prediction(said, "text") if said else Prediction(None, "empty")
+        """The only option that the description names."""
+        return short_text.one_of(text or "", sample.meta["choices"])
 
     def score(
         self, prediction: Prediction, sample: Sample, compat: str | None = None
     ) -> float | None:
-        """None: only a judge can say."""
-        return None
+        """Whether it is the right one."""
+        return float(prediction.extracted == sample.answer) if prediction.parsed else None
 
     def judge_prompt(self, sample: Sample, text: str) -> str | None:
         """Whether the description leads to the right option."""

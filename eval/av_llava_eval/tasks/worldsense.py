@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,9 +44,10 @@ class WorldSense(ChoiceTask):
     hears = True
 
     def docs(self, root: Path, split: str) -> Iterable[Doc]:
-        """Rows of the file."""
+        """Rows of the file, or of the original's JSON by video, with ``task0``, ``task1`` …"""
         patterns = ("worldsense*.json*", "*test-*.parquet", "*/test-*.parquet")
-        return read_rows(find_file(root, *patterns))
+        file = find_file(root, *patterns)
+        return _original(file) if file.suffix == ".json" else read_rows(file)
 
     def sample(self, doc: Doc, index: int, root: Path) -> Sample:
         """Media are given with their folders."""
@@ -78,6 +80,24 @@ class WorldSense(ChoiceTask):
         kept = first_per_question(records)
         mean = sum(map(points, kept)) / len(kept) if kept else 0.0
         return {"worldsense_score": 100 * mean}
+
+
+def _original(file: Path) -> list[Doc]:
+    try:
+        videos = json.loads(file.read_text(encoding="utf-8"))
+        rows: list[Doc] = []
+        for name, video in videos.items():
+            about = {k: v for k, v in video.items() if not k.startswith("task")}
+            media = {"video_path": f"videos/{name}.mp4", "subtitle_path": f"subtitles/{name}.srt"}
+            for key in sorted(k for k in video if k.startswith("task")):
+                own = {"index": f"{name}_{key}", "video": name}
+                rows.append({**about, **media, **own, **video[key]})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file} is not as the benchmark has it, {{video: {{task0: {{…}}, …}}}} "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    return rows
 
 
 @register
