@@ -15,7 +15,7 @@ import transformers
 from bench.measure import Row
 from bench.report import machine, tables, verdict, write
 
-NAMES = ("splice", "pixels", "decode", "session", "logmel", "aggregators", "batching")
+NAMES = ("splice", "pixels", "decode", "session", "logmel", "aggregators", "batching", "eval")
 
 
 def main(arguments: list[str] | None = None) -> int:

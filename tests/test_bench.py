@@ -28,6 +28,7 @@ OURS = {
     "logmel": "av_llava",
     "aggregators": "av_llava",
     "batching": "av_llava, token budget",
+    "eval": "av-llava eval",
 }
 WITHOUT_TARGET = {"aggregators"}
 
