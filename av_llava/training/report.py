@@ -229,7 +229,9 @@ def try_medium(part: MediaPart, limits: Limits = DEFAULT_LIMITS) -> str | None:
         elif part.kind == "audio":
             _try_sound(part.source, part, limits, strict=True)
     except (AVLlavaError, OSError) as error:
-        return str(error)
+        names = [name for name in (part.source, sound_file(part)) if isinstance(name, str)]
+        named = any(name in str(error) for name in names)
+        return str(error) if named else f"{part.source}: {error}"
     return None
 
 
