@@ -61,6 +61,8 @@ def find_medium(
         exact = root / folder / name
         if exact.exists():
             return exact
+        if not exact.parent.is_dir():
+            continue
         for ending in endings:
             other = exact.with_name(exact.name + ending)
             if other.exists():
