@@ -10,7 +10,8 @@ from av_llava.answers import SCHEMA, MediumUse, Usage
 from av_llava.budgeting import check_context, context_length
 from av_llava.checkpoints import description
 from av_llava.checkpoints.base import with_rows
-from av_llava.checkpoints.load import locate, read_config
+from av_llava.checkpoints.configuration import read_config
+from av_llava.checkpoints.load import locate
 from av_llava.checkpoints.partial import open_partial
 from av_llava.checkpoints.parts import is_partial
 from av_llava.checkpoints.tokenizers import load_tokenizer

@@ -18,7 +18,7 @@ from torch import Tensor
 from av_llava.checkpoints import hf_format
 from av_llava.checkpoints.audio_towers import encoder_tensors, read_audio_tower
 from av_llava.checkpoints.folder import CheckpointFolder, load_bin, read_json, unreadable
-from av_llava.checkpoints.shards import StoredTensor, TensorReader, stored_tensors
+from av_llava.checkpoints.stored import StoredTensor, TensorReader, stored_tensors
 from av_llava.checkpoints.towers import cached, candidates
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import CheckpointError

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from av_llava.checkpoints.configuration import read_config
 from av_llava.checkpoints.folder import CheckpointFolder
-from av_llava.checkpoints.load import load_checkpoint, read_config
+from av_llava.checkpoints.load import load_checkpoint
 from av_llava.checkpoints.needed import without_senses
 from av_llava.checkpoints.quiet import quiet_loading
-from av_llava.checkpoints.shards import TensorReader
 from av_llava.checkpoints.source import Source
 from av_llava.checkpoints.staging import size
+from av_llava.checkpoints.stored import TensorReader
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import BudgetError, CheckpointError
 from av_llava.modeling import AVLlavaForConditionalGeneration

@@ -25,9 +25,10 @@ from av_llava.checkpoints.destination import Weights, make_folder, target_dtype
 from av_llava.checkpoints.folder import DELTA_RECORD, CheckpointFolder, read_json
 from av_llava.checkpoints.load import locate
 from av_llava.checkpoints.parts import Reference
-from av_llava.checkpoints.shards import StoredTensor, TensorReader, Transfer, stored_tensors
+from av_llava.checkpoints.shards import Transfer
 from av_llava.checkpoints.source import EMBEDDING, HEAD, MULTIMODAL, UNUSED
 from av_llava.checkpoints.staging import check_destination
+from av_llava.checkpoints.stored import StoredTensor, TensorReader, stored_tensors
 from av_llava.config import is_llava_config, language_model_type
 from av_llava.errors import CheckpointError, UsageError
 from av_llava.weight_names import ignored

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from av_llava.budgeting import context_length
 from av_llava.checkpoints import delta
+from av_llava.checkpoints.configuration import blamed_on, memory_keys, read_config
 from av_llava.checkpoints.convert import Report
 from av_llava.checkpoints.description_parts import Found, describe_delta, describe_parts
 from av_llava.checkpoints.folder import DELTA_RECORD, CheckpointFolder
-from av_llava.checkpoints.load import blamed_on, locate, memory_keys, read_config
+from av_llava.checkpoints.load import locate
 from av_llava.checkpoints.needed import disk_shapes, empty_model
 from av_llava.checkpoints.parts import PartialFolder, is_partial
 from av_llava.checkpoints.public_audio import refuse_public
@@ -203,7 +204,7 @@ def _account(source: Source, found: Found, tower: Tower | None) -> None:
             "The weights of the last norm are near zero, where a model's are near one: this may be "
             "a delta. av-llava convert apply-delta makes the checkpoint of it and its base."
         )
-    if found.config.vision_config is None:
+    if found.problems:  # the tower is nowhere, so that only the language model is known
         found.account = source.language_model().account()
     elif tower is None or source.holds_vision_tower:
         found.tower = {"weights": "inside the checkpoint"}

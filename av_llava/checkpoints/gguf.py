@@ -30,9 +30,9 @@ from av_llava.checkpoints.gguf_file import (
 from av_llava.checkpoints.gguf_mmproj import plan_mmproj
 from av_llava.checkpoints.gguf_text import architecture_of, plan_text
 from av_llava.checkpoints.gguf_vocabulary import plan_vocabulary
-from av_llava.checkpoints.shards import StoredTensor, TensorReader
 from av_llava.checkpoints.source import HEAD, MULTIMODAL, CompleteSource, Source, open_source
 from av_llava.checkpoints.staging import check_destination, new_folder
+from av_llava.checkpoints.stored import StoredTensor, TensorReader
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import UsageError, unknown_name
 

@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, AddedToken, PreTrainedConfig
 
 from av_llava.checkpoints import hf_record
 from av_llava.checkpoints.compare import check_memory, compare_hf
+from av_llava.checkpoints.configuration import generation_config, read_config
 from av_llava.checkpoints.convert import ConvertOptions, Report
 from av_llava.checkpoints.destination import Weights, make_folder, small_files, target_dtype
 from av_llava.checkpoints.folder import CheckpointFolder
@@ -33,7 +34,6 @@ from av_llava.checkpoints.hf_features import (
     refused,
 )
 from av_llava.checkpoints.hf_processor import hf_pinpoints, strategy, write_processor
-from av_llava.checkpoints.load import generation_config, read_config
 from av_llava.checkpoints.shards import Transfer
 from av_llava.checkpoints.source import (
     EMBEDDING,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from av_llava.checkpoints import hf_record
 from av_llava.checkpoints.compare import check_memory, compare_ours
+from av_llava.checkpoints.configuration import generation_config
 from av_llava.checkpoints.convert import ConvertOptions, Report
 from av_llava.checkpoints.destination import Weights, make_folder, small_files, target_dtype
-from av_llava.checkpoints.load import generation_config
 from av_llava.checkpoints.shards import Transfer
 from av_llava.checkpoints.source import EMBEDDING, HEAD, open_source
 from av_llava.modeling import AVLlavaForConditionalGeneration

@@ -35,26 +35,21 @@ from av_llava.checkpoints.compare import (
     load_float32,
     logits_of,
 )
+from av_llava.checkpoints.configuration import generation_config
 from av_llava.checkpoints.convert import SHARD_BYTES, ConvertOptions, Report, parse_size
 from av_llava.checkpoints.destination import Weights, make_folder, small_files, target_dtype
 from av_llava.checkpoints.folder import CheckpointFolder
-from av_llava.checkpoints.load import generation_config, locate
+from av_llava.checkpoints.load import locate
 from av_llava.checkpoints.lora import LoraLayer, check_untied, layers_of, read_lora
 from av_llava.checkpoints.model_state import split
 from av_llava.checkpoints.needed import disk_shapes, empty_model, on_disk
 from av_llava.checkpoints.partial import Opened, load_partial, open_partial
 from av_llava.checkpoints.parts import TOKEN_ROWS, is_partial
 from av_llava.checkpoints.quantize import stored_scheme
-from av_llava.checkpoints.shards import (
-    StoredTensor,
-    TensorReader,
-    Transfer,
-    mean_row,
-    stored_tensors,
-    tensors_in,
-)
+from av_llava.checkpoints.shards import Transfer, mean_row
 from av_llava.checkpoints.source import TIED, account
 from av_llava.checkpoints.staging import check_destination
+from av_llava.checkpoints.stored import StoredTensor, TensorReader, stored_tensors, tensors_in
 from av_llava.checkpoints.tokens import INPUT, OUTPUT, rows_by_id, rows_in_use
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import CheckpointError

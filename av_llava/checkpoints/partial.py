@@ -28,18 +28,16 @@ from av_llava.checkpoints.base import (
     vocabulary_rows,
     with_rows,
 )
+from av_llava.checkpoints.configuration import blamed_on, generation_config, read_config
 from av_llava.checkpoints.ears import fill_tower, read_tower
 from av_llava.checkpoints.folder import CheckpointFolder, refuse_delta
 from av_llava.checkpoints.load import (
     Loaded,
-    blamed_on,
     check_report,
     fill_vision_tower,
-    generation_config,
     load_checkpoint,
     locate,
     materialise,
-    read_config,
 )
 from av_llava.checkpoints.lora import attach_lora, read_lora
 from av_llava.checkpoints.needed import empty_model, shapes_of

@@ -25,7 +25,7 @@ from av_llava.checkpoints.folder import (
     safetensors_keys,
 )
 from av_llava.checkpoints.load import locate
-from av_llava.checkpoints.shards import StoredTensor, TensorReader, tensors_in
+from av_llava.checkpoints.stored import StoredTensor, TensorReader, tensors_in
 from av_llava.errors import CheckpointError
 from av_llava.weight_names import ignored
 

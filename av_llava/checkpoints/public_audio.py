@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from av_llava.checkpoints.configuration import generation_config
 from av_llava.checkpoints.ears import attach_audio, fill_tower
 from av_llava.checkpoints.folder import CheckpointFolder
-from av_llava.checkpoints.load import Loaded, generation_config, locate, materialise
+from av_llava.checkpoints.load import Loaded, locate, materialise
 from av_llava.checkpoints.public_audio_keys import FAMILIES, Family, OpenedHalf, PublicAudio
 from av_llava.checkpoints.quantize import plan_weights
-from av_llava.checkpoints.shards import StoredTensor, TensorReader, stored_tensors, tensors_in
+from av_llava.checkpoints.stored import StoredTensor, TensorReader, stored_tensors, tensors_in
 from av_llava.checkpoints.target import resolve_device
 from av_llava.checkpoints.tokenizers import load_tokenizer
 from av_llava.config import AVLlavaConfig

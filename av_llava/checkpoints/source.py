@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from av_llava.checkpoints import hf_format
+from av_llava.checkpoints.configuration import n_encoder_layers, read_config
 from av_llava.checkpoints.convert import Report
 from av_llava.checkpoints.folder import CheckpointFolder, refuse_delta
-from av_llava.checkpoints.load import locate, read_config
+from av_llava.checkpoints.load import locate
 from av_llava.checkpoints.needed import disk_shapes, empty_model, without_senses
 from av_llava.checkpoints.quantize import stored_scheme
-from av_llava.checkpoints.shards import StoredTensor, stored_tensors
+from av_llava.checkpoints.stored import StoredTensor, stored_tensors
 from av_llava.checkpoints.tokenizers import load_tokenizer
 from av_llava.checkpoints.towers import Tower
 from av_llava.config import AVLlavaConfig, is_llava_config
@@ -225,18 +226,11 @@ def _beside(tower: Tower, model: AVLlavaForConditionalGeneration) -> dict[str, S
     if tower.folder is None:
         raise CheckpointError(f"The weights of the tower {tower.name!r} are not at hand.")
     held = {t.name: t for t in stored_tensors(CheckpointFolder(tower.folder))}
-    depth = _n_layers(held)
-    if depth > tower.config.num_hidden_layers:
+    depth = n_encoder_layers(held)
+    if depth is not None and depth > tower.config.num_hidden_layers:
         raise CheckpointError(
             f"The tower {tower.folder} holds {depth} layers, but its config.json says "
             f"{tower.config.num_hidden_layers}."
         )
     found: Mapping[str, Any] = tower_weights(held, model.model.vision_tower)[0]  # type: ignore[arg-type]
     return {TOWER_PREFIX + name: stored for name, stored in found.items()}
-
-
-def _n_layers(names: Iterable[str]) -> int:
-    """Layers of the vision model among the names of a tower's file."""
-    vision = (name for name in names if not name.startswith("text_model."))
-    found = [re.search(r"encoder\.layers\.(\d+)\.", name) for name in vision]
-    return max((int(m[1]) + 1 for m in found if m), default=0)

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from av_llava.checkpoints.configuration import read_config
 from av_llava.checkpoints.convert import ConvertOptions, Report
 from av_llava.checkpoints.destination import Weights, make_folder, target_dtype
 from av_llava.checkpoints.hf_export import hf_name
-from av_llava.checkpoints.load import read_config
-from av_llava.checkpoints.shards import StoredTensor, TensorReader, Transfer, tensors_in
+from av_llava.checkpoints.shards import Transfer
 from av_llava.checkpoints.source import TOWER_PREFIX, UNUSED, Source, clean_config, open_source
+from av_llava.checkpoints.stored import StoredTensor, TensorReader, tensors_in
 from av_llava.checkpoints.upgrade import copy_rest, dumped
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import CheckpointError, unknown_name

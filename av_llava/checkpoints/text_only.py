@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from av_llava.checkpoints.compare import check_memory, compare_text
+from av_llava.checkpoints.configuration import generation_config
 from av_llava.checkpoints.convert import ConvertOptions, Report
 from av_llava.checkpoints.destination import Weights, make_folder, small_files, target_dtype
 from av_llava.checkpoints.hf_processor import write_chat_template
-from av_llava.checkpoints.load import generation_config
 from av_llava.checkpoints.needed import disk_shapes
 from av_llava.checkpoints.shards import Transfer
 from av_llava.checkpoints.source import HEAD, MULTIMODAL, TIED, UNUSED, account, open_source

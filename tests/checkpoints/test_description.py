@@ -10,6 +10,7 @@ import pytest
 import torch
 from golden_data import golden, golden_dirs
 from safetensors.torch import load_file, save_file
+from tiny import tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import av_llava
@@ -179,6 +180,19 @@ def test_tokens_that_loading_adds_are_told(tmp_path):
     ids = tokenizer.convert_tokens_to_ids(names)
     assert found["tokenizer"]["tokens"] == dict(zip(names, ids, strict=True))
     assert found["notes"][0].startswith("3 token(s)")
+
+
+def test_a_model_that_only_listens(tmp_path):
+    blind, processor = tiny("llama", vision_config=None)
+    blind.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    found = av_llava.describe(tmp_path)
+    assert found["missing"] == found["unexpected"] == found["problems"] == []
+    assert "vision_tower" not in found and found["audio_tower"]["kind"] == "whisper"
+    assert found["tokenizer"]["tokens"].keys() == {"<au_start>", "<au_end>"}
+    edit_weights(tmp_path, **{"model.mm_audio_projector.0.weight": ABSENT})
+    assert av_llava.describe(tmp_path)["missing"] == ["model.mm_audio_projector.0.weight"]
+    assert "model.mm_audio_projector.0.weight" in refusal(tmp_path)
 
 
 def test_other_models_are_refused(tmp_path):

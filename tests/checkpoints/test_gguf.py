@@ -18,7 +18,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from av_llava.checkpoints import gguf_file, shards, staging
+from av_llava.checkpoints import gguf_file, staging, stored
 from av_llava.checkpoints.convert import ConvertOptions, convert
 from av_llava.checkpoints.gguf import export_gguf
 from av_llava.checkpoints.gguf_text import interleave_heads
@@ -471,7 +471,7 @@ def test_progress_ends_at_the_whole(tmp_path):
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path, monkeypatch):
     alive, most = [], [0]
-    read = shards.TensorReader.read
+    read = stored.TensorReader.read
 
     def watched(self, stored):
         tensor = read(self, stored)
@@ -479,7 +479,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path, monkeypatch):
         most[0] = max(most[0], sum(ref() is not None for ref in alive))
         return tensor
 
-    monkeypatch.setattr(shards.TensorReader, "read", watched)
+    monkeypatch.setattr(stored.TensorReader, "read", watched)
     export_gguf(checkpoint(V15), tmp_path / "out", options=ConvertOptions(verify=True))
     assert len(alive) > 100
     assert most[0] == 1

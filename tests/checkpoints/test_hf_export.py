@@ -16,9 +16,10 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProces
 
 from av_llava.aggregators import build, settings_of
 from av_llava.checkpoints import shards
+from av_llava.checkpoints.configuration import read_config
 from av_llava.checkpoints.convert import convert
 from av_llava.checkpoints.folder import CheckpointFolder
-from av_llava.checkpoints.load import load_checkpoint, read_config
+from av_llava.checkpoints.load import load_checkpoint
 from av_llava.checkpoints.source import clean_config
 from av_llava.errors import CheckpointError, UsageError
 from av_llava.planning import MediaPlanner

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, GenerationConfig
 
 from av_llava import config as config_module
+from av_llava.checkpoints.configuration import read_config
 from av_llava.checkpoints.folder import CheckpointFolder
-from av_llava.checkpoints.load import load_checkpoint, locate, read_config
+from av_llava.checkpoints.load import load_checkpoint, locate
 from av_llava.errors import AVLlavaError, CheckpointError, MissingExtraError, UsageError
 from av_llava.modeling import AVLlavaForConditionalGeneration
 

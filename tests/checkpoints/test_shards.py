@@ -15,20 +15,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from av_llava.checkpoints.folder import CheckpointFolder
-from av_llava.checkpoints.shards import (
+from av_llava.checkpoints.shards import Shard, ShardWriter, Slot, Transfer, copy_tensors, mean_row
+from av_llava.checkpoints.source import open_source
+from av_llava.checkpoints.stored import (
     DTYPES,
-    Shard,
-    ShardWriter,
-    Slot,
     StoredTensor,
     TensorReader,
-    Transfer,
-    copy_tensors,
-    mean_row,
     stored_tensors,
     tensors_in,
 )
-from av_llava.checkpoints.source import open_source
 from av_llava.errors import CheckpointError
 
 from .folders import V16, copy_case, edit_config

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 from transformers import AutoModel
 
-from av_llava.checkpoints import shards
+from av_llava.checkpoints import shards, stored
 from av_llava.checkpoints.convert import convert
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import load_checkpoint
@@ -31,9 +31,9 @@ TOWER = "model.vision_tower.vision_tower."
 def test_parts_are_the_same_bits_under_llavas_names(tmp_path, case):
     source = golden(f"llava/{case}") / "checkpoint"
     state = {}
-    for stored in shards.stored_tensors(CheckpointFolder(source)):
-        with shards.TensorReader() as reader:
-            state[stored.name] = reader.read(stored).clone()
+    with stored.TensorReader() as reader:
+        for tensor in stored.stored_tensors(CheckpointFolder(source)):
+            state[tensor.name] = reader.read(tensor).clone()
     report = convert("surgery", source, tmp_path / "parts", verify=True)
     assert report.difference == 0
     projector = load_file(tmp_path / "parts" / "mm_projector.safetensors")

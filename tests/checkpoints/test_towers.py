@@ -13,8 +13,8 @@ from golden_data import golden
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
+from av_llava.checkpoints.configuration import read_config
 from av_llava.checkpoints.folder import CheckpointFolder
-from av_llava.checkpoints.load import read_config
 from av_llava.checkpoints.towers import candidates, fetch, find_tower
 from av_llava.errors import CheckpointError
 from av_llava.vision import PUBLISHED_TOWERS
