@@ -43,7 +43,7 @@ class Toy(Task):
             group=doc["video"],
             question=doc["question"],
             options=tuple(doc["options"]),
-            answer=doc["answer"],
+            answer=doc.get("answer"),
             video=root / "videos" / f"{doc['video']}.mp4",
             duration_s=doc.get("duration_s"),
             meta={"kind": doc["kind"], "tags": doc.get("tags", [])},

@@ -194,7 +194,8 @@ def _is_left(state: str | None, retry_failed: bool) -> bool:
 
 def _about(task: Task, root: Path, problems: int) -> dict[str, Any]:
     home = sys.modules[type(task).__module__]
-    own_file = None if home.__name__.startswith("av_llava_eval.") else home.__file__
+    built_in = home.__name__.startswith("av_llava_eval.") or home.__file__ is None
+    own_file = None if built_in else str(Path(home.__file__ or "").resolve())
     versions = {"python": platform.python_version()}
     for name in _VERSIONS:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from eval_stand_in import ARMS, StandIn, Toy, said, toy_rows, write_toy
@@ -136,6 +137,17 @@ def test_hidden_labels_have_no_score(tmp_path):
     run(TOY, write_toy(tmp_path / "data", rows), tmp_path / "run", StandIn, RunSettings())
     scores = summarise(score_folder(tmp_path / "run", task=TOY))["arms"]["main"]
     assert scores["score"] is None and scores["n"] == 0 and scores["unlabelled"] == 9
+
+
+def test_empty_answers_are_wrong_and_counted(tmp_path):
+    class Silent(StandIn):
+        def answer(self, opened, arm, prompts, n_new):
+            return [replace(r, text="") for r in super().answer(opened, arm, prompts, n_new)]
+
+    run(TOY, write_toy(tmp_path / "data"), tmp_path / "run", Silent, RunSettings())
+    scores = summarise(score_folder(tmp_path / "run", task=TOY))["arms"]["main"]
+    assert (scores["score"], scores["unparsed"], scores["failed"]) == (0, 36, 0)
+    assert scores["how"] == {"empty": 36} and scores["of_answered"] == 0
 
 
 def test_answers_to_other_questions_are_not_scored(folder, tmp_path):
