@@ -21,6 +21,7 @@ from av_llava.aggregators.image_layout import ImagePlan, merge_tiles
 from av_llava.aggregators.tokens import Reduced
 from av_llava.audio.placement import AudioPlan
 from av_llava.errors import UsageError
+from av_llava.geometry import audio_tokens
 
 Streams = tuple[Tensor, ...]
 Keep = Callable[[str, int, Streams], None]
@@ -169,6 +170,8 @@ def _patches(
     if not whole:
         yield from _piecewise(model, items, outputs, before, limit)
         return
+    if sharded and not pixels:  # all known here, but perhaps not elsewhere
+        absent_sight(model)
     most = {"max_batch": sum(len(p) for p in pixels)} if sharded else {}
     encoded = iter(())
     if pixels:
@@ -268,13 +271,15 @@ def audio_features(
         frames = _encoded_sound(tower, input_features, plans)
         return model.mm_audio_projector(frames, plans)
     clips: dict[int, Tensor] = {}
+    if not missing and is_sharded(tower):
+        absent_sound(model)
     if missing:
         chosen = [plans[i] for i in missing]
         encoded = _encoded_sound(tower, input_features, chosen)
         parts = encoded.split([len(p.frames) for p in chosen])
         for i, part in zip(missing, parts, strict=True):
             clips[i] = part
-            outputs.note("audio", i, (part[:, : max(plans[i].frames)],))
+            outputs.note("audio", i, (part[:, : _frames_used(plans[i])],))
     length = max([c.shape[1] for c in clips.values()], default=0)
     for i in range(len(plans)):
         known = outputs.of("audio", i)
@@ -286,6 +291,11 @@ def audio_features(
         for i in range(len(plans))
     ]
     return model.mm_audio_projector(torch.cat(padded), plans)
+
+
+def _frames_used(plan: AudioPlan) -> int:
+    """Frames of each chunk that the projector may look at: whole tokens, padding included."""
+    return max(audio_tokens(n, plan.stride) * plan.stride for n in plan.frames)
 
 
 def _encoded_sound(tower: Any, features: Any, plans: Sequence[AudioPlan]) -> Tensor:

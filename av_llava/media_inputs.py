@@ -194,7 +194,7 @@ def load_video(
         )
     else:
         batch = _planned_frames(source, options)
-    sound, reason = _sound_of(source, batch.span_s, options, ears, decode)
+    sound, reason = sound_of(source, batch.span_s, options, ears, decode)
     return LoadedVideo(
         source=describe_source(part.source),
         pts_s=tuple(float(t) for t in batch.pts_s),
@@ -258,7 +258,7 @@ def _array_frames(
     )
 
 
-def _sound_of(
+def sound_of(
     source: Any,
     span_s: tuple[float, float],
     options: MediaOptions,

@@ -356,15 +356,16 @@ class BatchBuilder:
         tensors: dict[str, Any] = {}
         tiles = [i.tiles for i in self.images if i.tiles is not None]
         frames = [v.frames for v in self.videos if v.frames is not None]
-        waveforms = [s.waveform for s in self.sounds if s.waveform is not None]
+        sounds = zip(self.sounds, self.audio_plans, strict=True)
+        heard = [(s.waveform, plan) for s, plan in sounds if s.waveform is not None]
         if tiles:
             tensors["pixel_values"] = torch.cat(tiles)
         if frames:
             tensors["pixel_values_videos"] = torch.cat(frames) if len(frames) > 1 else frames[0]
-        if waveforms:
+        if heard:
             config = self.processor.config
             extractor = build_feature_extractor(config.audio_config, config.audio)
-            features = clip_features(extractor, waveforms, self.audio_plans)
+            features = clip_features(extractor, *map(list, zip(*heard, strict=True)))
             tensors["input_features"] = features.features
         if self.extras:
             tensors["modality_inputs"] = {

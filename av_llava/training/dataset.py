@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from av_llava.settings import check_choice
 from av_llava.sound_inputs import describe_source
 from av_llava.training.bad_media import BadMediaSettings, BadMedium, Replacements
 from av_llava.training.batching import PlannedBatch
+from av_llava.training.cached_media import CachedMedia
 from av_llava.training.collate import (
     BatchInfo,
     collate,
@@ -90,6 +92,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         too_long: longer samples are an ``error`` at once, or ``trim``: their videos get fewer
             frames until they fit. Text is never cut.
         dropout: videos that lose their sound or their frames for an epoch.
+        cache: what frozen towers gave for media earlier; None keeps nothing.
 
     Raises:
         DataError: index and store differ, samples are too long, or too many are unreadable.
@@ -108,6 +111,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         max_length: int | None = None,
         too_long: str = "error",
         dropout: ModalityDropout | None = None,
+        cache: CachedMedia | None = None,
     ) -> None:
         check_choice("answer to samples that are too long", too_long, TOO_LONG)
         self.store, self.processor, self.index = store, processor, index
@@ -119,7 +123,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         self.bad_media = bad_media or BadMediaSettings()
         self.seed, self.epoch = seed, epoch
         self.max_length, self.too_long = max_length, too_long
-        self.dropout = dropout
+        self.dropout, self.cache = dropout, cache
         self.planner = MediaPlanner(processor.config)
         self._unreadable: dict[int, tuple[str, str]] = {}
         self._epoch: _Epoch | None = None
@@ -147,7 +151,10 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         self._check_lengths(prepared, chosen)
         info = self._info(prepared, chosen, epoch, tuple(bad), time.perf_counter() - started)
         pad = pad_token_id(self.processor.tokenizer)
-        return collate(prepared, self.processor.config, pad, info)
+        batch = collate(prepared, self.processor.config, pad, info)
+        if self.cache is not None:
+            batch["tower_outputs"] = self.cache.outputs(builder)
+        return batch
 
     def lengths(self, epoch: int = 0) -> np.ndarray:
         """Tokens of every sample in an epoch, for the sampler; an upper bound. int64 [n]
@@ -241,10 +248,11 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         self, builder: BatchBuilder, sample: Sample, message: Message, n_images: int
     ) -> Message:
         parts: list[Any] = []
+        opener = builder.open if self.cache is None else partial(self.cache.open, builder)
         for part in message.parts:
             if isinstance(part, MediaPart):
                 try:
-                    part = replace(part, source=builder.open(part, n_images))
+                    part = replace(part, source=opener(part, n_images))
                 except MediaError as error:
                     file = describe_source(part.source)
                     raise _UnreadableError(file, str(error), sample.id, sample.source) from error
