@@ -48,6 +48,8 @@ NOTES = """## Notes
   own server.
 - **AV-Odyssey.** Its questions place several media inside one text. They are loaded and scored, but
   the runner shows at most one film, one sound and some pictures beside the text.
+- **`--compat lmms` where lmms-eval has no such benchmark** takes the rule of the benchmark's own script
+  (Daily-Omni, OmniVideoBench), of VideoLLaMA2 (MUSIC-AVQA), or ours (all others).
 - **Daily-Omni.** The benchmark's own scripts score in three ways, which give 18, 28 and 39 % for the
   same answers; `--compat lmms` gives that of Qwen2.5-Omni, and the aggregate holds all three.
 """

@@ -2,7 +2,8 @@
 
 Contract: a task that derives from :class:`ChoiceTask` gives its samples ``options`` and a letter as
 ``answer``; by default it is read and scored by ``mcq``. For ``compat="lmms"`` it says which of the
-rules in ``reading.lmms`` lmms-eval uses, and what the metric is called there.
+rules in ``reading.lmms`` lmms-eval uses, and what the metric is called there. Where lmms-eval has
+no such benchmark, the rule is that of the benchmark's own script, or ours.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class ChoiceTask(Task):
         return self.lmms_extract(said, sample) if compat else mcq.extract(said, options)
 
     def lmms_extract(self, text: str, sample: Sample) -> Prediction:
-        """What lmms-eval reads."""
-        return lmms.ranked(text, "ABCD")
+        """What lmms-eval reads; ours, where it has no such benchmark."""
+        return mcq.extract(text, sample.options or ())
 
     def score(
         self, prediction: Prediction, sample: Sample, compat: str | None = None

@@ -95,6 +95,36 @@ def test_subtitles_of_worldsense_in_both_styles(media: Media, tmp_path: Path) ->
     assert "No subtitles available" in task.prompt(last, "lmms")
 
 
+def test_lengths_are_read_where_the_annotations_have_them(media: Media, tmp_path: Path) -> None:
+    lengths = {
+        "dailyomni": 30.0, "worldsense-original": 2.0, "worldsense-jsonl": None,
+        "omnivideobench": 2.0, "mlvu_test": 1.6, "longvideobench_val_v-json": 2.5,
+    }  # fmt: skip
+    for name, expected in lengths.items():
+        data = mini(name).build(tmp_path / name, media)
+        assert next(get_task(mini(name).task).load(data)).duration_s == expected, name
+
+
+def test_the_synthetic_world_as_it_is_made(tmp_path: Path) -> None:
+    from av_llava.training.world import SceneSettings, synthesize
+
+    settings = SceneSettings()
+    task = get_task("world")
+    for form, split in (("question", "test"), ("conversation", "val")):
+        synthesize(tmp_path, 3, split=split, settings=settings, form=form)
+        samples = list(task.load(tmp_path, split))
+        assert task.check(tmp_path, split) == []
+        assert len({s.group for s in samples}) == 3 and len(samples) >= 3
+        # Without choices the word must stand alone.
+        says = "It is {}." if form == "question" else "{}."
+        right = task.aggregate([task.score_sample(s, says.format(s.answer)) for s in samples])
+        assert right["headline"] == 1.0
+        wrong = task.aggregate([task.score_sample(s, "purple") for s in samples])
+        assert wrong["headline"] < 0.5
+        chances = [task.chance(s) for s in samples]
+        assert all((c is not None and 0 < c <= 0.5) == (form == "question") for c in chances)
+
+
 def test_the_submission_of_egoschema(media: Media, tmp_path: Path) -> None:
     data = mini("egoschema-original").build(tmp_path, media)
     task = get_task("egoschema")

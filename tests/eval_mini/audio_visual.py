@@ -72,6 +72,7 @@ def _worldsense() -> list[Mini]:
         films: dict[str, dict[str, Any]] = {}
         for row in rows:
             film = {k: v for k, v in row.items() if k not in tasks and k not in own}
+            film["video_duration"] = "2s"
             at = films.setdefault(row["video"], {"video_id": row["video"], **film})
             at[f"task{len([k for k in at if k.startswith('task')])}"] = {
                 k: v for k, v in row.items() if k in tasks

@@ -67,6 +67,7 @@ class DailyOmni(ChoiceTask):
             video=find_medium(
                 root, (f"Videos/{film}", f"videos/{film}", "Videos"), f"{film}_video"
             ),
+            duration_s=_seconds(doc["video_duration"]),
             meta={
                 "type": doc["Type"],
                 "duration": doc["video_duration"],
@@ -111,6 +112,12 @@ class DailyOmni(ChoiceTask):
         if scripts:
             out["accuracy_by_original_script"] = _percent(scripts)
         return out
+
+
+def _seconds(text: str) -> float | None:
+    """``30s`` as a number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)s", text)
+    return float(match[1]) if match else None
 
 
 def _percent(scores: Sequence[dict[str, bool]]) -> dict[str, float]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from av_llava_eval.annotations import find_file, find_medium, read_rows
 from av_llava_eval.choices import ChoiceTask, lettered, split_question
 from av_llava_eval.mcq import strip_letters
-from av_llava_eval.sample import Sample
+from av_llava_eval.reading import lmms
+from av_llava_eval.sample import Prediction, Sample
 from av_llava_eval.task import Doc, register
 
 
@@ -48,6 +49,10 @@ class LVBench(ChoiceTask):
         """Options in brackets; no full stop."""
         lines = lettered(sample.options or (), "({}) {}")
         return "\n".join([sample.question, *lines, "Answer the question with the option letter"])
+
+    def lmms_extract(self, text: str, sample: Sample) -> Prediction:
+        """The best-placed letter of four."""
+        return lmms.ranked(text, "ABCD")
 
 
 def _questions(rows: Iterable[Doc]) -> Iterator[Doc]:

@@ -9,7 +9,8 @@ from typing import Any
 from av_llava_eval.annotations import find_file, find_medium, read_rows
 from av_llava_eval.choices import ChoiceTask, letter_of_text, lettered, split_question
 from av_llava_eval.points import Record, group_scores
-from av_llava_eval.sample import Sample
+from av_llava_eval.reading import lmms
+from av_llava_eval.sample import Prediction, Sample
 from av_llava_eval.task import Doc, register
 
 _FOLDERS = {
@@ -76,6 +77,10 @@ class MLVUDev(ChoiceTask):
         lines = lettered(sample.options or (), "({}) {}")
         ending = ("Only give the best option.", "Best option: (")
         return "\n".join([sample.question, *lines, *ending])
+
+    def lmms_extract(self, text: str, sample: Sample) -> Prediction:
+        """The best-placed letter of four, although some questions have six."""
+        return lmms.ranked(text, "ABCD")
 
     def compat_metrics(self, records: Sequence[Record], compat: str) -> dict[str, Any]:
         """A mean over the kinds of this split; a kind without questions counts as 0."""

@@ -10,7 +10,8 @@ from av_llava.errors import DataError
 from av_llava_eval.annotations import find_file, find_medium, read_rows
 from av_llava_eval.choices import LLAVA_ENDING, ChoiceTask, lettered
 from av_llava_eval.mcq import strip_letters
-from av_llava_eval.sample import Sample
+from av_llava_eval.reading import lmms
+from av_llava_eval.sample import Prediction, Sample
 from av_llava_eval.subtitles import Line, lmms_white_lines, read_srt
 from av_llava_eval.task import Doc, register
 
@@ -58,6 +59,10 @@ class VideoMME(ChoiceTask):
         """Speaks of subtitles although there are none, as there."""
         lines = lettered(sample.options or ())
         return "\n".join([_INSTRUCTION, sample.question, *lines, "", LLAVA_ENDING])
+
+    def lmms_extract(self, text: str, sample: Sample) -> Prediction:
+        """The best-placed letter of four."""
+        return lmms.ranked(text, "ABCD")
 
 
 @register

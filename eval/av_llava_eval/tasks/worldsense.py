@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,6 +60,7 @@ class WorldSense(ChoiceTask):
             answer=doc["answer"],
             video=find_medium(root, ("", "videos"), doc["video_path"]),
             subtitles=root / doc["subtitle_path"] if doc.get("subtitle_path") else None,
+            duration_s=_seconds(str(doc.get("video_duration", ""))),
             meta={
                 **{f: doc[f] for f in self.groupings},
                 "category": doc["task_type"],
@@ -80,6 +82,12 @@ class WorldSense(ChoiceTask):
         kept = first_per_question(records)
         mean = sum(map(points, kept)) / len(kept) if kept else 0.0
         return {"worldsense_score": 100 * mean}
+
+
+def _seconds(text: str) -> float | None:
+    """``60s`` as a number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)s", text)
+    return float(match[1]) if match else None
 
 
 def _original(file: Path) -> list[Doc]:
