@@ -68,6 +68,9 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
     width = max(map(len, found["arms"]), default=0)
     for name, arm in found["arms"].items():
         yield f"  {name.ljust(width)}  {_score(arm)}{_counts(arm)}"
+        if arm["silent"]:
+            reasons = ", ".join(f"{reason}: {n:,}" for reason, n in arm["silent"].items())
+            yield f"  {''.ljust(width)}  answered without sound ({reasons})"
         for metric, value in arm["metrics"].items():
             yield f"  {''.ljust(width)}  {metric}: {100 * value['score']:.1f} (n={value['n']:,})"
         for metric, value in (arm.get("compat") or {}).items():

@@ -256,7 +256,8 @@ def _is_letter(value: Any) -> bool:
 
 
 def _silent(record: Record) -> bool:
-    return bool((record.get("used") or {}).get("no_audio"))
+    """Whether a video was used without sound for another reason than that the arm has none."""
+    return (record.get("used") or {}).get("no_audio") not in (None, "off")
 
 
 def _numbers(account: Mapping[str, Any] | None, ending: str) -> dict[str, float]:

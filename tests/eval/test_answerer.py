@@ -13,6 +13,7 @@ from PIL import Image
 from tiny import tiny
 
 import av_llava
+from av_llava.demo_model import tiny_random
 from av_llava.errors import BudgetError, MediaError
 from av_llava.inference import AVLlava
 from av_llava.media import Limits
@@ -222,6 +223,17 @@ def test_the_fingerprint_sees_one_changed_weight_and_nothing_else():
     half = AVLlava(*tiny("qwen2", seed=0))
     half.model.to(torch.bfloat16)
     assert weights_hash(half.model) != weights_hash(same.model)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "8bit"])
+def test_a_quantised_model_is_another_one(tmp_path, scheme):
+    pytest.importorskip("torchao" if scheme == "int8" else "bitsandbytes")
+    folder = tiny_random(tmp_path / "model")
+    hashes = [
+        weights_hash(av_llava.load(folder, device="cpu", quantize=q).model)
+        for q in (None, scheme, scheme)
+    ]
+    assert hashes[0] != hashes[1] == hashes[2]
 
 
 def test_the_arms_of_an_experiment():

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 from eval_stand_in import ARMS, StandIn, Toy, said, toy_rows, write_toy
 
+from av_llava.cli.eval_scores import lines_of
 from av_llava.errors import DataError
 from av_llava_eval.compare import compare, compare_arms, compare_runs
+from av_llava_eval.experiment import Arm
 from av_llava_eval.records import RunFolder
 from av_llava_eval.runner import RunSettings, run
 from av_llava_eval.scoring import score_folder, summarise
@@ -148,6 +150,23 @@ def test_empty_answers_are_wrong_and_counted(tmp_path):
     scores = summarise(score_folder(tmp_path / "run", task=TOY))["arms"]["main"]
     assert (scores["score"], scores["unparsed"], scores["failed"]) == (0, 36, 0)
     assert scores["how"] == {"empty": 36} and scores["of_answered"] == 0
+
+
+def test_videos_without_sound_are_counted_and_told(tmp_path):
+    class Mute(StandIn):
+        def answer(self, opened, arm, prompts, n_new):
+            reason = "off" if arm.sound == "off" else "no sound track"
+            used = {"no_audio": reason if opened.group != "v0" else None}
+            found = super().answer(opened, arm, prompts, n_new)
+            return [replace(r, used=used) for r in found]
+
+    arms = (Arm("auto"), Arm("off", sound="off"))
+    run(TOY, write_toy(tmp_path / "data"), tmp_path / "run", Mute, RunSettings(arms=arms))
+    result = {**summarise(score_folder(tmp_path / "run", task=TOY)), "comparisons": []}
+    assert result["arms"]["auto"]["silent"] == {"no sound track": 33}
+    assert result["arms"]["off"]["silent"] == {}
+    told = "\n".join(lines_of(result))
+    assert told.count("answered without sound (no sound track: 33)") == 1
 
 
 def test_answers_to_other_questions_are_not_scored(folder, tmp_path):
