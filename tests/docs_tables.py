@@ -27,6 +27,9 @@ from av_llava.media import Limits
 from av_llava.options import Options
 from av_llava.planning import MediaPlanner
 from av_llava.settings import AggregatorSettings, AudioSettings, SamplingSettings
+from av_llava.training.mixture import Entry
+from av_llava.training.readers import READERS
+from av_llava.training.report import PROBLEMS, WARNINGS
 from av_llava.training.world.kinds import KINDS
 from av_llava.vision import find_published, vision_config_from
 from av_llava.vision.configs import PUBLISHED_TOWERS
@@ -41,6 +44,7 @@ PAGES = (
     "docs/checkpoints.md",
     "docs/quantization.md",
     "docs/world.md",
+    "docs/data.md",
 )
 BLOCK = re.compile(r"(<!-- table (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -357,6 +361,30 @@ def towers() -> str:
     return markdown(("name", "pixels", "patches"), rows)
 
 
+# ------------------------------------------------------------------ training data
+
+
+def formats() -> str:
+    rows = [(f"`{reader.name}`", reader.about) for reader in READERS.values()]
+    return markdown(("format", "rows of"), rows)
+
+
+def mixture() -> str:
+    """Keys of an entry, with the defaults that say something."""
+    docs, rows = field_docs(Entry), []
+    for field in dataclasses.fields(Entry):
+        default = field.default
+        told = default is not None and default is not dataclasses.MISSING
+        rows.append((f"`{field.name}`", f"`{default}`" if told else "", docs[field.name]))
+    return markdown(("key", "default", "meaning"), rows)
+
+
+def problems() -> str:
+    rows = [(name, "problem", about) for name, about in PROBLEMS.items()]
+    rows += [(name, "warning", about) for name, about in WARNINGS.items()]
+    return markdown(("kind", "is a", "meaning"), rows)
+
+
 def world_kinds() -> str:
     rows = [
         (
@@ -397,6 +425,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "templates": templates,
     "towers": towers,
     "world_kinds": world_kinds,
+    "formats": formats,
+    "mixture": mixture,
+    "problems": problems,
 }
 
 

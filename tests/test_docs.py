@@ -26,6 +26,7 @@ import pytest
 import torch
 import typer
 from clips import make_clip
+from docs_data import write_examples
 from docs_tables import FAMILIES, PAGES, ROOT, TABLES
 from golden_data import FULL, golden
 from PIL import Image
@@ -90,6 +91,7 @@ def with_files(folder: Path) -> Path:
     make_clip(folder / "silent.mp4", seconds=2, audio=None)
     make_clip(folder / "sound.wav", seconds=2, video=False)
     photo().save(folder / "photo.jpg")
+    write_examples(folder)
     case = golden("llava/sf_odd_stride3_average")
     shutil.copytree(case / "checkpoint", folder / "checkpoints" / "my-llava-video")
     shutil.copytree(case / "vision_tower_siglip", folder / "checkpoints" / "vision_tower_siglip")
@@ -300,8 +302,8 @@ def test_links_lead_somewhere(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_names_in_the_text_exist(page: str) -> None:
     known = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    converters = known["convert"]
-    inner = [converters.get_command(None, name) for name in converters.list_commands(None)]
+    groups = [known[name] for name in ("convert", "data")]
+    inner = [g.get_command(None, name) for g in groups for name in g.list_commands(None)]
     flags = {flag for c in (*known.values(), *inner) for p in c.params for flag in p.opts}
     for name in names_in(page):
         words = name.split()
