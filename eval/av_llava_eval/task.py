@@ -225,7 +225,8 @@ class Task:
             compat: None for the default rule, ``"lmms"`` for lmms-eval's.
 
         Returns:
-            ``extracted`` and ``score`` (None where unparsed), ``how``, and what
+            ``extracted`` and ``score`` (None where unparsed), ``how``, ``random_fallback`` (the
+            other harness draws here; the score is the expectation), and what
             :meth:`aggregate` needs.
         """
         return self.score_sample(self.sample(doc, 0, Path()), prediction, compat)
@@ -240,6 +241,7 @@ class Task:
             "raw": text,
             "extracted": read.extracted,
             "how": read.how,
+            "random_fallback": read.how == "random",
             "score": self.score(read, sample, compat) if labelled else None,
             "labelled": labelled,
             "compat": compat,

@@ -57,7 +57,7 @@ def test_every_record_is_read_and_scored_as_there(name: str) -> None:
     wrong = []
     for golden, ours in zip(rows(name), scored(name), strict=True):
         drawn = golden.get("random_fallback", False)
-        assert (ours["how"] == "random") == drawn, golden
+        assert ours["random_fallback"] == (ours["how"] == "random") == drawn, golden
         if drawn:
             n = N_OPTIONS.get(name) or sum(
                 v != "N/A" for k, v in golden["doc"].items() if k[:6] == "option"
@@ -69,7 +69,7 @@ def test_every_record_is_read_and_scored_as_there(name: str) -> None:
             if field in golden and ours[field] != golden[field]:
                 wrong.append((golden["prediction"], field, ours[field], golden[field]))
         if "needs_judge" in golden:
-            assert (ours["how"] == "judge") == golden["needs_judge"], golden
+            assert ours["needs_judge"] == (ours["how"] == "judge") == golden["needs_judge"], golden
     assert wrong == []
 
 

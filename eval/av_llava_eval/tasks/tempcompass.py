@@ -91,6 +91,11 @@ class _TempCompass(Task):
             return 0.0
         return super().score(prediction, sample)
 
+    def score_sample(self, sample: Sample, text: str, compat: str | None = None) -> dict[str, Any]:
+        """As everywhere, and whether the published rule asks a judge."""
+        asks = self.extract(text, sample, "lmms") == JUDGE
+        return {**super().score_sample(sample, text, compat), "needs_judge": asks}
+
     def compat_metrics(self, records: Sequence[Record], compat: str) -> dict[str, Any]:
         """Percent, over all and by dimension."""
         mean = sum(map(points, records)) / len(records) if records else 0.0
