@@ -26,7 +26,7 @@ from av_llava.training.parts import plain_name
 from av_llava.weight_names import disk_name
 
 TRAINED = "trained_weights.safetensors"
-"""Trained weights under their names in memory; only beside adapters, which hold them otherwise."""
+"""Trained weights by their names in memory, where the checkpoint's own files hold them otherwise."""
 _HEAD = "lm_head.weight"
 
 
@@ -92,8 +92,9 @@ class Artefacts:
 
     def write_trained(self, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write what resuming needs beside :meth:`write`."""
-        if self.whole:
-            return
+        names = [name for name, _ in trained(self.model)]
+        if self.whole and not any(".trainable_tokens_" in name for name in names):
+            return  # all of it is in the model's own files
         given = {plain_name(k): v for k, v in (state_dict or {}).items()}
         tensors = {n: given.get(n, p).detach().contiguous() for n, p in trained(self.model)}
         save_file(tensors, folder / TRAINED, metadata={"format": "pt"})

@@ -34,11 +34,13 @@ from av_llava.training.arguments import training_arguments
 from av_llava.training.artefacts import Artefacts
 from av_llava.training.bad_media import BadMediaWatch
 from av_llava.training.batching import TokenBudgetBatchSampler
+from av_llava.training.cached_media import CachedMedia
 from av_llava.training.callbacks import FsdpEntryPoints, Progress, RunLog, Say
 from av_llava.training.collate import BatchInfo
 from av_llava.training.dataset import TrainingDataset
 from av_llava.training.estimate import advice, is_out_of_memory
 from av_llava.training.evaluation import Evaluation
+from av_llava.training.feature_cache import GIB, FeatureStore, TowerKeys
 from av_llava.training.index import MODALITY_BITS, LengthIndex, build_index
 from av_llava.training.modality_dropout import ModalityDropout, plan_dropout
 from av_llava.training.parts import PartsTable, apply_trainable
@@ -46,7 +48,7 @@ from av_llava.training.preview import CLOSE, OPEN, preview
 from av_llava.training.run_folder import LENGTHS, QUARANTINE, RECIPE, RunFolder
 from av_llava.training.settings import TrainSettings
 from av_llava.training.store import SampleStore, open_store
-from av_llava.training.trainer import AVTrainer
+from av_llava.training.trainer import AVTrainer, full_disk_named
 
 logger = logging.getLogger(__name__)
 
@@ -291,7 +293,7 @@ def prepare(
     make = functools.partial(
         _dataset, settings=settings, processor=model.processor, options=options
     )
-    dataset = make(store, index, dropout=dropout)
+    dataset = make(store, index, dropout=dropout, cache=feature_cache(settings, args, model))
     sampler = _sampler(dataset, settings, args)
     other = None
     if held_out is not None:
@@ -343,6 +345,7 @@ def _dataset(
     processor: AVLlavaProcessor,
     options: MediaOptions,
     dropout: ModalityDropout | None = None,
+    cache: CachedMedia | None = None,
 ) -> TrainingDataset:
     return TrainingDataset(
         store,
@@ -354,7 +357,26 @@ def _dataset(
         max_length=settings.data.max_length,
         too_long=settings.data.too_long,
         dropout=dropout,
+        cache=cache,
     )
+
+
+def feature_cache(
+    settings: TrainSettings, args: TrainingArguments, model: AVLlava
+) -> CachedMedia | None:
+    """What keeps the features of frozen towers, if the recipe asks for it.
+
+    Args:
+        settings, args: of the run.
+        model: with its parts settled.
+    """
+    data = settings.data
+    if data.feature_cache is None:
+        return None
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else ""
+    folder = Path(data.feature_cache).expanduser()
+    store = FeatureStore(folder, int(data.feature_cache_gib * GIB))
+    return CachedMedia(store, TowerKeys.of(model.model, precision=precision), precision)
 
 
 def load_model(settings: TrainSettings, args: TrainingArguments) -> AVLlava:
@@ -581,6 +603,6 @@ def _finish(trainer: AVTrainer, prepared: Prepared, folder: RunFolder) -> None:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if prepared.args.process_index == 0:
         low = prepared.settings.save_dtype == "bfloat16"
-        with new_folder(folder.final) as place:
+        with full_disk_named(folder.final), new_folder(folder.final) as place:
             trainer.artefacts.write(place, state, dtype=torch.bfloat16 if low else None)
     trainer.accelerator.wait_for_everyone()

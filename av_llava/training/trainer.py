@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -80,12 +81,13 @@ class AVTrainer(Trainer):
         evaluate_with: Evaluate | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        use_cache = getattr(model.config, "use_cache", None)
+        own = dict(vars(model.config))
         super().__init__(
             model, args, train_dataset=dataset, eval_dataset=held_out, callbacks=callbacks
         )
         # The Trainer turns the cache off in the configuration, which checkpoints would keep.
-        model.config.use_cache = use_cache
+        vars(model.config).pop("use_cache", None)
+        vars(model.config).update({k: v for k, v in own.items() if k == "use_cache"})
         for callback in (PrinterCallback, ProgressCallback):  # callbacks.py has its own
             self.remove_callback(callback)
         # The model divides by the tokens of the whole step that it is given.
@@ -229,14 +231,10 @@ class AVTrainer(Trainer):
             partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         try:
-            self._write_checkpoint(partial)
-        except (RuntimeError, OSError) as error:
+            with full_disk_named(target):
+                self._write_checkpoint(partial)
+        except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError) or any(sign in str(error) for sign in _FULL_DISK):
-                raise CheckpointError(
-                    f"The checkpoint {target} could not be written: {error}. The checkpoints "
-                    f"before it are whole. Make room, then go on with --resume."
-                ) from error
             raise
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -284,6 +282,21 @@ class AVTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.artefacts.read(folder)
+
+
+@contextmanager
+def full_disk_named(target: Path) -> Iterator[None]:
+    """Turn what libraries raise when a disk is full into an error that says what to do."""
+    try:
+        yield
+    except (RuntimeError, OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) or any(sign in str(error) for sign in _FULL_DISK)
+        if not full:
+            raise
+        raise CheckpointError(
+            f"{target} could not be written: {error}. The checkpoints before it are whole. Make "
+            f"room, then go on with --resume."
+        ) from error
 
 
 def sync(folder: Path) -> None:

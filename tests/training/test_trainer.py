@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 from importlib import metadata
@@ -316,14 +315,6 @@ def test_the_preview_marks_what_is_learned() -> None:
         {"video": -201},
     )
     assert text == "ab<video × 2>c⟦de⟧"
-
-
-def test_training_leaves_the_cache_setting_alone(run_of) -> None:
-    trainer, prepared = trainer_of(run_of())
-    before = copy.copy(prepared.model.model.config.use_cache)
-    trainer.train()
-    assert prepared.model.model.config.use_cache == before
-    assert prepared.model.model.config.text_config.use_cache
 
 
 def test_steps_read_through_worker_processes_are_the_same(run_of) -> None:
