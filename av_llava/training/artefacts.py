@@ -26,7 +26,7 @@ from av_llava.training.parts import plain_name
 from av_llava.weight_names import disk_name
 
 TRAINED = "trained_weights.safetensors"
-"""Trained weights by their names in memory, where the checkpoint's own files hold them otherwise."""
+"""Trained weights by their names in memory; only where other files hold them in another form."""
 _HEAD = "lm_head.weight"
 
 
