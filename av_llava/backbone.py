@@ -260,8 +260,8 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
             items = (modality_inputs or {}).get(name)
             if items is not None:
                 features[name] = module(list(items))
-            elif self.training:
-                absent += absent_parts(module, self.media_tokens.width)
+            else:
+                absent += absent_parts(self, module)
         if absent:
             features["absent"] = absent
         return splice(self.get_input_embeddings(), media.splice, features)

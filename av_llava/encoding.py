@@ -2,9 +2,9 @@
 
 Contract: the vision tower sees the tiles of all images and the frames of all videos together, then
 the audio tower all chunks of sound. What a tower gave earlier (:class:`TowerOutputs`) is used in
-place of pixels and samples. In distributed training every process makes the same calls: where a
-batch lacks a modality whose parts train, or whose weights are shared out over processes, a dummy
-runs in its place and joins the graph with zero rows.
+place of pixels and samples. Where a batch lacks a modality, its trained parts join the graph with
+zero rows, so that all processes of a training run have one graph; where their weights are shared
+out over the processes, a dummy runs in its place, so that all make the same calls.
 """
 
 from __future__ import annotations
@@ -307,37 +307,40 @@ def _encoded_sound(tower: Any, features: Any, plans: Sequence[AudioPlan]) -> Ten
 
 
 def absent_sight(model: Any) -> list[Tensor]:
-    """Zero rows of the vision tower and its projector, if this process must run them. [0, D]"""
+    """Zero rows of the vision tower and its projector, for a batch without pictures. [0, D]"""
     tower, projector = model.vision_tower, model.mm_projector
-    if tower is None or not _must_run(model, tower, projector):
+    if tower is None:
         return []
+    if not (is_sharded(tower) or is_sharded(projector)):
+        return absent_parts(model, tower, projector)
     size = tower.input_size
     pixels = torch.zeros((1, 3, size, size), dtype=torch.uint8)
     return [model.encode_images(pixels).flatten(0, 1)[:0]]
 
 
 def absent_sound(model: Any) -> list[Tensor]:
-    """Zero rows of the audio tower and its projector, if this process must run them. [0, D]"""
+    """Zero rows of the audio tower and its projector, for a batch without sound. [0, D]"""
     tower, projector = model.audio_tower, model.mm_audio_projector
-    if tower is None or not _must_run(model, tower, projector):
+    if tower is None:
         return []
-    if not is_trained(tower) and not is_sharded(tower):
-        return [projector.dummy()]
+    if not (is_sharded(tower) or is_sharded(projector)):
+        return absent_parts(model, tower, projector)
     inputs = tower.features([torch.zeros(model.config.audio.min_samples)])
     frames, _ = tower(inputs.features, inputs.lengths)
     return [projector.dummy(frames)]
 
 
-def _must_run(model: Any, *modules: nn.Module) -> bool:
-    """Whether other processes, with other batches, count on these modules being run here."""
-    trained = model.training and is_trained(*modules)
-    return trained or any(is_sharded(module) for module in modules)
+def absent_parts(model: Any, *modules: nn.Module) -> list[Tensor]:
+    """In training, zero rows that depend on every parameter that trains. [0, D]
 
-
-def absent_parts(module: nn.Module, width: int) -> list[Tensor]:
-    """Zero rows that depend on every parameter that trains, without running the module. [0, D]"""
+    Nothing is run: other processes only wait for gradients, which are zero.
+    """
+    if not model.training:
+        return []
+    width = model.media_tokens.width
     return [
         p.reshape(-1)[:0].unsqueeze(1).expand(0, width)
+        for module in modules
         for p in module.parameters()
         if p.requires_grad
     ]

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 import av_llava
 from av_llava.encoding import Streams, is_trained
 from av_llava.errors import UsageError
-from av_llava.settings import Settings, check_range
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +37,6 @@ GIB = 2**30
 _SUFFIX = ".safetensors"
 # A process counts the folder anew after so many entries, since others write, too.
 _RECOUNT = 64
-
-
-@dataclass(frozen=True)
-class CacheSettings(Settings):
-    """Where features of frozen towers are kept."""
-
-    folder: str
-    """Shared by processes, and by runs of the same towers and settings."""
-    max_gib: float = 50.0
-    """Size that the folder does not grow beyond."""
-
-    def __post_init__(self) -> None:
-        check_range("feature_cache.max_gib", self.max_gib, 0)
 
 
 class Entry(NamedTuple):

@@ -134,9 +134,12 @@ class DataSettings(Settings):
     """Videos that lose their sound or their frames."""
     feature_cache: str | None = None
     """Folder in which the features of frozen towers are kept from one epoch to the next."""
+    feature_cache_gib: float = 50.0
+    """Size that this folder does not grow beyond."""
 
     def __post_init__(self) -> None:
         check_choice("data.too_long", self.too_long, ("error", "trim"))
+        check_range("data.feature_cache_gib", self.feature_cache_gib, 0)
         check_choice("data.audio", self.audio, ("auto", "on", "off"))
         check_range("data.frames", self.frames, 1)
         check_range("data.fps", self.fps, 1e-6)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import tiny
 from torch.utils.data import DataLoader
+from train_runs import make_base, make_data, recipe, trainer_of
 from training_data import dataset_of, make_media, sample
 
 import av_llava.media_inputs as media_inputs
@@ -24,7 +25,6 @@ from av_llava.training.batching import TokenBudgetBatchSampler
 from av_llava.training.cached_media import CachedMedia
 from av_llava.training.collate import as_is
 from av_llava.training.feature_cache import (
-    CacheSettings,
     FeatureStore,
     TowerKeys,
     digest_of,
@@ -163,7 +163,7 @@ def test_a_tower_that_trains_is_not_kept(media, tmp_path):
     step(model, data.__getitems__(range(6)))
     kinds = {json.loads(_metadata(p)["key"])["kind"] for p in entries(tmp_path)}
     assert kinds == {"image", "video"}
-    loss, grads, ran = step(model, data.__getitems__(range(6)))
+    _, grads, ran = step(model, data.__getitems__(range(6)))
     assert [name for name, _ in ran] == ["audio"]
     assert any("audio_tower" in n for n in grads)
     model.model.vision_tower.requires_grad_(True)
@@ -379,6 +379,23 @@ def test_workers_read_and_the_training_process_writes(media, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_wrong_settings_are_refused():
-    with pytest.raises(UsageError, match="feature_cache.max_gib"):
-        CacheSettings("x", -1)
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_recipe_trains_alike_with_and_without(tmp_path, bf16):
+    """Two epochs through the Trainer: the second one decodes and encodes nothing."""
+    base, file = make_base(tmp_path), make_data(tmp_path, 6)
+    training = {"num_train_epochs": 2, "max_steps": -1, "bf16": bf16}
+    found = []
+    for name, data in (("plain", {}), ("cached", {"feature_cache": str(tmp_path / "kept")})):
+        settings = recipe(base, file, tmp_path / name, training=training, data=data)
+        trainer, _ = trainer_of(settings)
+        ran = []
+        for tower in (trainer.model.model.vision_tower, trainer.model.model.audio_tower):
+            tower.register_forward_hook(
+                lambda m, a, o, t=trainer, ran=ran: ran.append(t.state.epoch or 0)
+            )
+        trainer.train()
+        found.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        assert any(epoch >= 1 for epoch in ran) == (name == "plain")
+    assert found[0] == pytest.approx(found[1], rel=1e-5 if not bf16 else 1e-3)
+    assert len(entries(tmp_path / "kept")) == 5
