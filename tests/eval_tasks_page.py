@@ -41,6 +41,7 @@ NOTES = """## Notes
 - **Judges.** Open answers are scored offline by exact match, containment and overlap of words.
   `--judge` adds `judge_accuracy` and `judge_score` from 0 to 1. The judge's question is our own
   wording: published numbers were made with several wordings and models, and differ by ten points.
+  TempCompass's `rule_or_judge` is its published rule with a judge for what that cannot read.
 - **NExT-QA, open-ended.** The published WUPS needs WordNet and a part-of-speech tagger. With
   WordNet's files in `wordnet/` a WUPS without the tagger is given; it is close to the published
   one, not equal. Without them there is none.

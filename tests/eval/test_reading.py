@@ -158,8 +158,6 @@ def test_an_empty_open_answer_is_unparsed_by_default_and_an_api_error_there() ->
 def test_a_judges_words_that_are_no_verdict() -> None:
     for said in ("", "yes", "{'pred': yes}", "{[1]}", "{'score': 'five', 'pred': 'no'}"):
         assert verdicts.yes_and_score(said) is None
-    assert verdicts.only_score("Sure: {'score': 3}") == 3
-    assert verdicts.only_score("3") is None
 
 
 SRT = """\ufeff1

@@ -189,8 +189,8 @@ def test_precision_and_recall_of_yes() -> None:
         ("activitynetqa", "{'pred': 'maybe', 'score': 4}", None),
         ("activitynetqa", "{'pred': 'yes', 'score': 7}", None),
         ("activitynetqa", "It is right.", None),
-        ("tempcompass_yes_no", "Incorrect.", {"judge_accuracy": 0.0}),
-        ("tempcompass_captioning", "Correct", {"judge_accuracy": 1.0}),
+        ("tempcompass_yes_no", "Incorrect.", {"rule_or_judge": 0.0}),
+        ("tempcompass_captioning", "Correct", {"rule_or_judge": 1.0}),
         ("tempcompass_captioning", "Well", None),
         (
             "videochatgpt_gen",
@@ -235,6 +235,8 @@ def test_tempcompass_asks_a_judge_only_for_what_the_published_rule_cannot_read()
     task = get_task("tempcompass_multi_choice")
     sample = task.sample(lettered, 0, Path())
     assert task.judge_prompt(sample, "B") is None
+    assert task.score_record(lettered, "B")["metrics"] == {"rule_or_judge": 1.0}
+    assert task.score_record(lettered, "It is B")["metrics"] == {}
     assert task.judge_prompt(sample, "The answer is B") is not None
     # Our own rule reads that without one.
     assert task.score_record(lettered, "The answer is B")["score"] == 1.0

@@ -9,7 +9,7 @@ can be compared. Which task uses which rule is in the task's file.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from av_llava_eval.sample import LETTERS, Prediction
 
@@ -212,7 +212,3 @@ def first_token(text: str, letters: str) -> Prediction:
         if word.upper() in letters and len(word) == 1:
             return Prediction(word.upper(), "first word")
     return Prediction(letters[0], "default letter")
-
-
-LetterRule = Callable[[str, Mapping[str, str]], Prediction]
-"""(answer, {letter: text}) → prediction."""

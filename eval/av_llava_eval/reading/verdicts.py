@@ -26,12 +26,6 @@ def yes_and_score(said: str) -> tuple[str, int] | None:
     return next((w for w in ("yes", "no") if w in word), word), score
 
 
-def only_score(said: str) -> int | None:
-    """Video-ChatGPT: ``{'score': 4}`` anywhere in the text, 0 to 5."""
-    found = _dictionary(said)
-    return _whole(found["score"]) if found is not None and "score" in found else None
-
-
 def mean_and_accuracy(verdicts: Sequence[tuple[str, int]]) -> dict[str, float]:
     """ActivityNet-QA's two numbers: other words than yes and no count for the mean score only."""
     if not verdicts:

@@ -1,7 +1,8 @@
 """TempCompass: speed, direction, action, order and change of attributes, asked in four ways.
 
 The rules of three of them need no judge; the default ones read more than the published ones, which
-hand everything but "A", "A. …" and "A) …" to a judge. Captioning needs one.
+hand everything but "A", "A. …" and "A) …" to a judge; ``rule_or_judge`` is theirs, over the answers
+that were read or judged.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class _TempCompass(Task):
     styles: ClassVar[tuple[str, ...]] = ("default", "lmms")
     stem: ClassVar[str] = ""
     lmms_ending: ClassVar[str] = "Please directly give the best option:"
+    our_ending: ClassVar[str] = "Answer with the right option only."
 
     def docs(self, root: Path, split: str) -> Iterable[Doc]:
         """Rows of the parquet file, or of the original's JSON by video and dimension."""
@@ -69,8 +71,6 @@ class _TempCompass(Task):
             return f"{asked}\n{self.lmms_ending}"
         return f"{asked}\n{self.our_ending}"
 
-    our_ending: ClassVar[str] = "Answer with the right option only."
-
     def judge_prompt(self, sample: Sample, text: str) -> str | None:
         """Only for answers that the published rule cannot read."""
         if self.extract(text, sample, "lmms") != JUDGE:
@@ -81,7 +81,13 @@ class _TempCompass(Task):
     def read_verdict(self, verdict: str) -> Mapping[str, float] | None:
         """Correct or incorrect."""
         found = verdicts.correct(verdict)
-        return None if found is None else {"judge_accuracy": float(found)}
+        return None if found is None else {"rule_or_judge": float(found)}
+
+    def extra_metrics(self, text: str, sample: Sample) -> dict[str, float]:
+        """The published number: the published rule, and a judge for what it cannot read."""
+        read = self.extract(text, sample, "lmms")
+        score = None if read == JUDGE else self.score(read, sample, "lmms")
+        return {} if score is None else {"rule_or_judge": score}
 
     def score(
         self, prediction: Prediction, sample: Sample, compat: str | None = None
@@ -225,6 +231,10 @@ class Captioning(_TempCompass):
     ) -> float | None:
         """Whether it is the right one."""
         return float(prediction.extracted == sample.answer) if prediction.parsed else None
+
+    def extra_metrics(self, text: str, sample: Sample) -> dict[str, float]:
+        """The published number is the judge's alone."""
+        return {}
 
     def judge_prompt(self, sample: Sample, text: str) -> str | None:
         """Whether the description leads to the right option."""
