@@ -1,0 +1,117 @@
+"""Write what the small model learns from: clips of the world, and longer conversations about them.
+
+python scripts/tiny/make_data.py OUT [--clips N] [--seed S] [--workers W]
+
+Contract: clips are those of `av-llava data synth`. A conversation holds the world's own questions
+about a clip, and lessons that are never tested: more questions about looks, the way of each thing
+that moves, and on which side things are, at the start and at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from build import WHERE
+
+from av_llava.training.world import KINDS, Scene, sample_scene, synthesize
+from av_llava.training.world.parts import DIRECTIONS, Thing
+from av_llava.training.world.questions import all_questions
+from av_llava.training.world.rows import CLIPS, clip_name
+from av_llava.training.world.scene import generator
+
+SPLIT = "lessons"
+LONGEST = 4
+"""Questions of a conversation."""
+CLEAR = 0.12
+"""How far from the middle a thing is that is called left, right, up or down."""
+WEIGHTS = {
+    **dict.fromkeys(("direction", "mover", "first", "order"), 4.0),
+    "count": 2.0,
+    "beeps": 1.5,
+    **dict.fromkeys(("colour", "shape", "sound", "where"), 0.5),
+    **dict.fromkeys(("yes_no_picture", "yes_no_sound"), 0.4),
+}
+"""How much more often than others a question of a kind is chosen: what is hard, more often."""
+PER_CLIP = 3
+"""Conversations about each clip, with other questions and other words."""
+
+Lesson = tuple[str, str, str]
+"""Kind, question, answer."""
+
+
+def where(scene: Scene, thing: Thing, rng: np.random.Generator) -> list[Lesson]:
+    """At most two questions about the side on which a thing is."""
+    moments = [(" at the start", 0.0), (" at the end", scene.duration_s)]
+    if thing.motion is None:
+        moments.append(("", scene.duration_s))
+    found: list[Lesson] = []
+    for when, time_s in moments:
+        if time_s < thing.appears_s:
+            continue
+        place = thing.place_at(time_s)
+        for axis, sides in enumerate((("left", "right"), ("up", "down"))):
+            along = thing.motion is None or DIRECTIONS[thing.motion.direction][axis] != 0
+            if along and abs(place[axis] - 0.5) > CLEAR:
+                words = WHERE[axis].format(shape=thing.shape, when=when)
+                found.append(("where", words, sides[int(place[axis] > 0.5)]))
+    return [found[i] for i in rng.permutation(len(found))[:2]]
+
+
+def lessons(scene: Scene, rng: np.random.Generator) -> list[Lesson]:
+    """The questions of one conversation, in random order, no two alike."""
+    asked = [(q.kind, q.question, q.answer) for q in all_questions(scene, rng)]
+    for thing in scene.things:
+        asked += where(scene, thing, rng)
+        if thing.motion and scene.plot == "turns":
+            wordings = KINDS["direction"].wordings["named"]
+            words = wordings[int(rng.integers(len(wordings)))].format(shape=thing.shape)
+            asked.append(("direction", words, thing.motion.direction))
+    weights = np.array([WEIGHTS.get(kind, 1.0) for kind, _, _ in asked])
+    n = min(LONGEST, len(asked))
+    chosen = rng.choice(len(asked), n, replace=False, p=weights / weights.sum())
+    return [asked[i] for i in chosen]
+
+
+def row(scene: Scene, number: int) -> dict[str, object]:
+    """One of the conversations about a clip, in LLaVA's format."""
+    medium = "video" if scene.has_video else "audio"
+    asked = lessons(scene, generator(scene.seed, scene.index, scene.split, f"lessons {number}"))
+    turns = []
+    for i, (_, question, answer) in enumerate(asked):
+        mark = f"<{medium}>\n" if i == 0 else ""
+        turns += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
+    return {
+        "id": f"{scene.key}-{number}",
+        medium: f"{CLIPS}/{clip_name(scene)}",
+        "conversations": turns,
+        "kind": [kind for kind, _, _ in asked],
+    }
+
+
+def main() -> None:
+    """Write the clips, then the conversations."""
+    parser = argparse.ArgumentParser(description="Training data of the small model.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--clips", type=int, default=12_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+
+    def progress(done: int, wanted: int) -> None:
+        print(f"\r{done}/{wanted} clips", end="" if done < wanted else "\n", flush=True)
+
+    synthesize(given.out, given.clips, given.seed, SPLIT, given.workers, progress)
+    rows = []
+    for index in range(given.clips):
+        scene = sample_scene(given.seed, index, SPLIT)
+        rows += [row(scene, number) for number in range(PER_CLIP)]
+    file = given.out / "conversations.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    print(f"Wrote {file}: {len(rows)} conversations.")
+
+
+if __name__ == "__main__":
+    main()
