@@ -35,13 +35,11 @@ from av_llava.training.artefacts import Artefacts
 from av_llava.training.bad_media import BadMediaWatch
 from av_llava.training.batching import TokenBudgetBatchSampler
 from av_llava.training.cached_media import CachedMedia
-from av_llava.training.cached_media import CachedMedia
 from av_llava.training.callbacks import FsdpEntryPoints, Progress, RunLog, Say
 from av_llava.training.collate import BatchInfo
 from av_llava.training.dataset import TrainingDataset
 from av_llava.training.estimate import advice, is_out_of_memory
 from av_llava.training.evaluation import Evaluation
-from av_llava.training.feature_cache import GIB, FeatureStore, TowerKeys
 from av_llava.training.feature_cache import GIB, FeatureStore, TowerKeys
 from av_llava.training.index import MODALITY_BITS, LengthIndex, build_index
 from av_llava.training.modality_dropout import ModalityDropout, plan_dropout
