@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from av_llava.checkpoints.file_names import DELTA_RECORD
 from av_llava.errors import CheckpointError
 
 # The order in which transformers looks: what is checked here must be what it loads.
@@ -28,19 +29,6 @@ _PARTS = {
     "adapter_config.json": "It is an adapter (LoRA): load the checkpoint that it was merged into.",
     "mm_projector.bin": "It is only a projector: load the full checkpoint that it belongs to.",
 }
-
-PART_FILES = (
-    "mm_projector.safetensors",
-    "mm_projector.bin",
-    "non_lora_trainables.safetensors",
-    "non_lora_trainables.bin",
-    "multimodal.safetensors",
-    "adapter_config.json",
-    "av_llava_adapter.json",
-)
-"""Any of them, without whole weights, makes a folder one with parts of a model (:mod:`parts`)."""
-DELTA_RECORD = "av_llava_delta.json"
-"""What a delta that was made here says about its base."""
 
 # What reading a damaged pickle can end in.
 _PICKLE_FAULTS = (

@@ -52,7 +52,7 @@ def check_model(model: str | None) -> None:
 def holds_model(folder: Path) -> bool:
     """Whether a folder holds a model, or parts of one."""
     # Here, since commands that load nothing must start without safetensors.
-    from av_llava.checkpoints.folder import PART_FILES
+    from av_llava.checkpoints.file_names import PART_FILES
 
     return any((folder / name).is_file() for name in ("config.json", *PART_FILES))
 
