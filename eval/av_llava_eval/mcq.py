@@ -8,7 +8,7 @@ What is looked for, the surest first:
 1. the last ``<answer>…</answer>`` or ``\\boxed{…}``,
 2. nothing but a letter, in either case, with or without brackets,
 3. the exact text of an option, with or without its letter,
-4. the last "the answer is …", "Answer: …", "I choose …" with a letter or an option's text,
+4. "B is correct"; the last "the answer is …", "Answer: …", "I choose …" with a letter or a text,
 5. a letter at the beginning that is marked as a label (``B.``, ``(B)``, ``B:``) or is a line,
 6. a letter at the end,
 7. the only letter in brackets,
@@ -42,6 +42,15 @@ _DECLARED = re.compile(
     r"|\bi(?:'d| would)? (?:choose|select|pick|go with)\b|答案(?:是|为|:)|選|选|答えは|정답은",
     re.IGNORECASE,
 )
+_CALLED_RIGHT = re.compile(
+    r"(?<![\w'’])[(\[]?([A-Z])[)\]]?\**\s+(?:is|seems|must be)\s+(?:the\s+)?"
+    r"(?:correct|right|best|(?:only )?answer)\b"
+)
+_AFTER_A_LETTER = (
+    "because|since|as|for|due|based|given|which|when|where|and|but|is|in|from|with|at|on|by|seems|must"
+    "|matches|fits|describes"
+)
+_ARTICLE = re.compile(rf"A[ \t]+(?!(?:{_AFTER_A_LETTER})\b)[a-z]")
 _DECORATION = " \t\r\n*_`~\"'“”‘’$#>.,;:!?-–—()[]{}\\/|"
 _BEFORE = r"[\s*_`\"'“‘$(\[{:,-]*"
 _LABEL = re.compile(
@@ -156,6 +165,9 @@ def _labelled(said: str, letters: str) -> Prediction | None:
 def _declared(said: str, options: Sequence[str]) -> Prediction | None:
     """The last declaration that names something; one that names an unknown letter names nothing."""
     letters = LETTERS[: len(options)]
+    called = {name for name in _CALLED_RIGHT.findall(said)}
+    if len(called) == 1:
+        return _letter(called.pop(), letters, "called right") or Prediction(None, "unparsed")
     for match in reversed(list(_DECLARED.finditer(said))):
         rest = said[match.end() :].lstrip(_DECORATION.replace("(", "").replace("[", ""))
         line = rest.split("\n", 1)[0]
@@ -166,8 +178,7 @@ def _declared(said: str, options: Sequence[str]) -> Prediction | None:
         marked = re.match(r"(?:option\s+)?(?:[(\[{]\s*([A-Za-z])\s*[)\]}]|([A-Z])(?![\w'’]))", line)
         if marked:
             name = marked[1] or marked[2]
-            article = name == "A" and re.match(r"A\s+[a-z]", line)
-            if not article:
+            if not _ARTICLE.match(line):
                 return _letter(name, letters, "declared") or Prediction(None, "unparsed")
         lone = line.strip(_DECORATION)
         if len(lone) == 1 and lone.isalpha():
@@ -191,7 +202,9 @@ def _start_or_end(said: str, options: Sequence[str]) -> Prediction | None:
                 return _letter(line.strip(_DECORATION), letters, how)
         return Prediction(None, "several") if all(labels) else None
     match = _LAST.search(said)
-    return match and _letter(match["letter"], letters, "letter at the end")
+    if match is None or _denied(said, match.start("letter")):
+        return None
+    return _letter(match["letter"], letters, "letter at the end")
 
 
 def _bracketed(said: str, options: Sequence[str]) -> Prediction | None:
@@ -213,7 +226,7 @@ def _text_in_the_answer(said: str, options: Sequence[str]) -> Prediction | None:
         places = list(re.finditer(rf"(?<!\w){re.escape(text)}(?!\w)", words)) if text else []
         if " " not in text:
             places = [m for m in places if m.start() == 0 or m.end() == len(words)]
-        if any(not _NEGATION.search(words[max(0, m.start() - 24) : m.start()]) for m in places):
+        if any(not _denied(words, m.start()) for m in places):
             found.append((len(text), index))
     longest = max(found, default=(0, 0))[0]
     best = [i for size, i in found if size == longest]
@@ -231,14 +244,20 @@ def _only_capital(said: str, options: Sequence[str]) -> Prediction | None:
 
 
 def _capitals(said: str, letters: str) -> set[str]:
-    """Capital letters that stand alone, without the words "A" and "I"."""
+    """Capital letters that stand alone, without the words "A" and "I", and none that is denied."""
     found = set()
     for match in _ALONE.finditer(said):
-        rest = said[match.end() :]
-        word = match[1] in "AI" and re.match(r"[ \t]+[a-z]", rest)
-        if match[1] in letters and not word:
+        rest = said[match.start() :]
+        word = _ARTICLE.match(rest) or re.match(r"I[ \t]+[a-z]", rest)
+        if match[1] in letters and not word and not _denied(said, match.start()):
             found.add(match[1])
     return found
+
+
+def _denied(said: str, at: int) -> bool:
+    """Whether a negation stands before this place in the same clause."""
+    clause = re.split(r"[.,;:!?\n]", said[:at])[-1]
+    return _NEGATION.search(clause[-24:].lower()) is not None
 
 
 RULES: dict[str, Rule] = {

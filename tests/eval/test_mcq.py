@@ -43,6 +43,16 @@ FORMS = (
     *("so it was A</think>{L}", "<answer>{L}</answer>", "<answer> {L}. {t} </answer>"),
     *("We see it at the end.\nSo the final answer is {L}.", "Look closely.\n\n{L}"),
     *("{L}\nThe clip shows this while B would mean that.", "The answer is {t}."),
+    *(
+        "The answer is {L} because the film shows it.",
+        "{L} is correct.",
+        "({L}) is the best answer",
+    ),
+    *(
+        "Option {L} is correct, as it shows.",
+        "The answer is {L}, not E.",
+        "Answer: {L} since it rings",
+    ),
     *("A. a red kite\nB. both of them\nC. It speeds up\nD. violin\nAnswer: {L}",),
     *("First I thought the answer is A. Then B. But no: the answer is {L}.",),
 )
@@ -78,6 +88,10 @@ def test_common_forms_of_an_answer(form: str, index: int) -> None:
         ("The answer is A or B.", "several"),
         ("A. a red kite\nB. both of them\nC. It speeds up\nD. violin", "several"),
         ("It is not a violin", "unparsed"),
+        ("It is not B", "unparsed"),
+        ("The answer is not B.", "unparsed"),
+        ("A is correct, but B is correct too", "several"),
+        ("The answer is A dog", "unparsed"),
         ("This is not a red kite at all", "unparsed"),
         ("We hear a violin there", "unparsed"),
         ("Either a red kite or both of them move", "unparsed"),
