@@ -22,7 +22,8 @@ from torch import Tensor
 from av_llava.checkpoints.base import check_probe, named_tensors, probe
 from av_llava.checkpoints.convert import SHARD_BYTES, ConvertOptions, Report, parse_size
 from av_llava.checkpoints.destination import Weights, make_folder, target_dtype
-from av_llava.checkpoints.folder import DELTA_RECORD, CheckpointFolder, read_json
+from av_llava.checkpoints.file_names import DELTA_RECORD
+from av_llava.checkpoints.folder import CheckpointFolder, read_json
 from av_llava.checkpoints.load import locate
 from av_llava.checkpoints.parts import Reference
 from av_llava.checkpoints.shards import Transfer

@@ -20,7 +20,8 @@ from av_llava.checkpoints import delta
 from av_llava.checkpoints.configuration import blamed_on, memory_keys, read_config
 from av_llava.checkpoints.convert import Report
 from av_llava.checkpoints.description_parts import Found, describe_delta, describe_parts
-from av_llava.checkpoints.folder import DELTA_RECORD, CheckpointFolder
+from av_llava.checkpoints.file_names import DELTA_RECORD
+from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import locate
 from av_llava.checkpoints.needed import disk_shapes, empty_model
 from av_llava.checkpoints.parts import PartialFolder, is_partial

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from av_llava.checkpoints.file_names import PART_FILES
 from av_llava.checkpoints.folder import (
-    PART_FILES,
     CheckpointFolder,
     load_bin,
     read_json,

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from av_llava.checkpoints.file_names import PART_FILES
 from av_llava.cli.memory import Memory, advice
 from av_llava.cli.options import ATTENTION, DTYPES, Loading, Request
 from av_llava.errors import BudgetError, CheckpointError, is_out_of_memory
@@ -51,9 +52,6 @@ def check_model(model: str | None) -> None:
 
 def holds_model(folder: Path) -> bool:
     """Whether a folder holds a model, or parts of one."""
-    # Here, since commands that load nothing must start without safetensors.
-    from av_llava.checkpoints.file_names import PART_FILES
-
     return any((folder / name).is_file() for name in ("config.json", *PART_FILES))
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from av_llava.checkpoints import delta as deltas
 from av_llava.checkpoints.convert import convert
 from av_llava.checkpoints.delta import apply_delta, make_delta, shifted
-from av_llava.checkpoints.folder import DELTA_RECORD
+from av_llava.checkpoints.file_names import DELTA_RECORD
 from av_llava.checkpoints.load import load_checkpoint
 from av_llava.cli import main as cli
 from av_llava.errors import CheckpointError, UsageError

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from av_llava.answers import SCHEMA
-from av_llava.checkpoints.folder import PART_FILES
+from av_llava.checkpoints.file_names import PART_FILES
 from av_llava.cli.info import is_model, table
 from av_llava.errors import CheckpointError
 
