@@ -19,6 +19,7 @@ from torch import Tensor
 from av_llava.chat import MediaPart
 from av_llava.chat.parts import AUDIO_MODES
 from av_llava.errors import MediaError, UsageError
+from av_llava.geometry import tile_grid
 from av_llava.images import (
     PixelSpec,
     frame_resizer,
@@ -34,6 +35,7 @@ from av_llava.media import (
     is_remote,
     read_frames,
     read_image,
+    read_image_size,
     scan_frames,
 )
 from av_llava.sampling import choose_frames
@@ -138,15 +140,14 @@ def load_image(
     decode: bool,
 ) -> LoadedImage:
     """Open an image and cut it into tiles, as one of ``n_images`` of its prompt."""
+    settings, name = settings.for_count(n_images), describe_source(part.source)
+    if not decode and not isinstance(part.source, (Image.Image, np.ndarray, Tensor)):
+        size = read_image_size(part.source, limits)
+        grid = tile_grid(size, settings, spec.side)
+        return LoadedImage(name, size, 1 if grid is None else 1 + grid[0] * grid[1], None, n_images)
     picture = _picture(part.source, limits)
-    tiles = torch.from_numpy(image_tiles(picture, spec, settings.for_count(n_images)))
-    return LoadedImage(
-        describe_source(part.source),
-        picture.size,
-        len(tiles),
-        tiles if decode else None,
-        n_images,
-    )
+    tiles = torch.from_numpy(image_tiles(picture, spec, settings))
+    return LoadedImage(name, picture.size, len(tiles), tiles if decode else None, n_images)
 
 
 def _picture(source: Any, limits: Limits) -> Image.Image:

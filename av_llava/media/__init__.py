@@ -4,7 +4,7 @@ Everything here is numpy and PyAV (decord, Pillow); nothing imports torch.
 """
 
 from av_llava.media.audio import read_audio
-from av_llava.media.image import read_image
+from av_llava.media.image import read_image, read_image_size
 from av_llava.media.limits import DEFAULT_LIMITS, Limits, TookTooLongError
 from av_llava.media.probe import probe
 from av_llava.media.source import LocalFile, Source, fetch, is_remote, local_file
@@ -47,6 +47,7 @@ __all__ = [
     "read_frames",
     "read_frames_at",
     "read_image",
+    "read_image_size",
     "run_in_worker",
     "scan_frames",
 ]

@@ -11,7 +11,7 @@ import warnings
 import zlib
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from av_llava.errors import MediaError
 from av_llava.media.limits import DEFAULT_LIMITS, Limits
@@ -40,6 +40,26 @@ def read_image(source: Source, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
         if file.path.is_dir():
             raise MediaError(f"{file.name!r} is a folder, not an image.")
         return load_picture(file, limits)
+
+
+def read_image_size(source: Source, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """Return (width, height) of a still image as `read_image` gives it, from its header.
+
+    Raises:
+        MediaError: missing, not an image, or more than ``limits.max_pixels``.
+    """
+    with local_file(source, limits) as file:
+        if file.path.is_dir():
+            raise MediaError(f"{file.name!r} is a folder, not an image.")
+        with open_picture(file, limits) as picture:
+            if picture.format == "TIFF":  # which Pillow turns by itself, but when differs
+                return load_picture(file, limits).size
+            try:
+                sideways = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            except _DAMAGED as error:
+                raise damaged(file, picture, error) from error
+            width, height = picture.size
+            return (height, width) if sideways else (width, height)
 
 
 def load_picture(file: LocalFile, limits: Limits) -> Image.Image:

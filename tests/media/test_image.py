@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from av_llava.errors import MediaError
-from av_llava.media import read_image
+from av_llava.media import Limits, read_image, read_image_size
 
 
 def gradient(width: int = 40, height: int = 30) -> Image.Image:
@@ -95,3 +95,33 @@ def test_not_images(tmp_path: Path) -> None:
         read_image(tmp_path)
     with pytest.raises(MediaError, match="There is no file"):
         read_image(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+def test_the_size_is_known_from_the_header(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / f"a{suffix}"
+    Image.new("RGB", (6, 4)).save(path, exif=exif)
+    assert read_image_size(path) == read_image(path).size
+
+
+def test_the_size_of_a_jpeg_needs_no_pixels(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.effect_noise((400, 300), 90).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+    assert read_image_size(path) == (400, 300)
+    with pytest.raises(MediaError):
+        read_image(path)
+
+
+def test_a_size_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.jpg").write_text("no picture")
+    for path in (tmp_path, tmp_path / "a.jpg", tmp_path / "none.jpg"):
+        with pytest.raises(MediaError):
+            read_image_size(path)
+    Image.new("RGB", (30, 30)).save(tmp_path / "b.png")
+    with pytest.raises(MediaError, match="max_pixels"):
+        read_image_size(tmp_path / "b.png", Limits(max_pixels=99))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from clips import make_clip
-from PIL import Image
+from PIL import ExifTags, Image
 
 from av_llava.errors import DataError, UsageError
 from av_llava.inspection import light_processor
@@ -422,6 +422,7 @@ def test_an_interrupted_run_is_resumed(folder, processor, how, monkeypatch):
     assert run.stdout is not None
     while (line := run.stdout.readline()) and int(line) < 2 * CHUNK_ROWS:
         pass
+    assert line, run.communicate()[1]
     if how == "INT":
         os.killpg(run.pid, signal.SIGINT)
     else:
@@ -462,3 +463,20 @@ def test_an_error_that_nobody_foresaw_names_the_row(folder, processor, monkeypat
     with pytest.raises(ZeroDivisionError) as caught:
         build_index(write(folder, ROWS), processor)
     assert caught.value.__notes__ == [f"while measuring {folder / 'train.jsonl'}, line 1"]
+
+
+@pytest.mark.parametrize("size", [(60, 40), (40, 60), (400, 90), (30, 300)])
+def test_tiles_of_pictures_are_counted_from_headers(folder, size):
+    """The same as when pictures are decoded and cut, turned ones too."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", size).save(folder / "turned.jpg", exif=exif)
+    processor = light_processor(None)
+    side = processor.pixels.side
+    processor.config.image = processor.config.image.replace(
+        aspect_ratio="anyres", grid_pinpoints=[[side, 2 * side], [2 * side, side], [3 * side, side]]
+    )
+    store = write(folder, [row(image="turned.jpg")])
+    prepared = processor.prepare([store[0].messages], add_generation_prompt=False)
+    assert build_index(store, processor).lengths[0] == prepared.media.splice.lengths[0]
+    assert len(prepared.tensors["pixel_values"]) > 1
