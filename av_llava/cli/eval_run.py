@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +22,11 @@ from av_llava.cli import options as o
 from av_llava.cli.eval_scores import keep_scores, lines_of
 from av_llava.cli.failures import ROWS_FAILED
 from av_llava.cli.output import Output, configure_logging
+from av_llava.errors import UsageError
 
 if TYPE_CHECKING:
     from av_llava_eval.answerer import Answerer, MediaSettings
+    from av_llava_eval.experiment import Arm
     from av_llava_eval.runner import Outcome, Progress
     from av_llava_eval.sharding import Place
 
@@ -115,7 +117,7 @@ def command(
         chosen,
         data,
         folder,
-        lambda: _answerer(loading, place, media, output),
+        lambda: _answerer(loading, place, media, settings.arms, output),
         settings,
         place=place,
         on_progress=_teller(output, place),
@@ -143,8 +145,18 @@ def _limited(media: MediaSettings, seconds: float, gib: float) -> MediaSettings:
     return replace(media, limits=limits)
 
 
-def _answerer(loading: o.Loading, place: Place, media: MediaSettings, output: Output) -> Answerer:
-    """Load the model, on the GPU of this process."""
+def _answerer(
+    loading: o.Loading,
+    place: Place,
+    media: MediaSettings,
+    arms: Sequence[Arm],
+    output: Output,
+) -> Answerer:
+    """Load the model, on the GPU of this process.
+
+    Raises:
+        UsageError: sound is insisted on, but the model has no ears.
+    """
     from av_llava_eval.answerer import AVLlavaAnswerer
 
     if loading.device == "auto" and place.world > 1:
@@ -156,6 +168,11 @@ def _answerer(loading: o.Loading, place: Place, media: MediaSettings, output: Ou
     loaded = engine.load(loading)
     if loaded.is_random and place.rank == 0:
         output.warn(engine.RANDOM)
+    deaf = loaded.processor.config.audio_config is None
+    if deaf and any(arm.sound in ("on", "swap") for arm in arms):
+        raise UsageError(
+            "This model has no audio tower, so that it cannot be asked with sound: use --audio off."
+        )
     return AVLlavaAnswerer(loaded, media)
 
 

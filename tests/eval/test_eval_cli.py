@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from clips import make_clip
 from golden_data import golden
+from tiny import tiny
 
 from av_llava.cli import main as cli
+from av_llava.inference import AVLlava
 from av_llava_eval.records import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -180,6 +182,15 @@ def test_what_is_wrong_is_said_without_a_model(
     found, _, noted = eval_(*words(bench, tmp_path / "run", *more))
     assert (found, said in noted) == (code, True), noted
     assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_a_deaf_model_is_not_asked_with_sound(bench, eval_, tmp_path, monkeypatch):
+    deaf = AVLlava(*tiny(audio=False))
+    monkeypatch.setattr("av_llava.cli.engine.load", lambda loading: deaf)
+    code, _, noted = eval_(*words(bench, tmp_path / "run", "--audio", "on,off"))
+    assert code == 2 and "has no audio tower" in noted and "--audio off" in noted
+    code, said, _ = eval_(*words(bench, tmp_path / "run", "--audio", "auto"))
+    assert code == 0 and "answered without sound (the model has no audio tower: 8)" in said
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,21 @@ def test_two_processes_share_the_work(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_torchrun_starts_the_processes(data, tmp_path):
+    folder, here = tmp_path / "run", Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", str(here / "eval_stand_in.py"), str(data), str(folder)]
+    path = os.pathsep.join([str(here.parent), str(here.parent / "eval")])
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        command, env={**env, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert {f.name for f in folder.glob("answers.*")} == {f"answers.{r}of2.jsonl" for r in (0, 1)}
+    assert answers(folder) == undisturbed(data, tmp_path)
+
+
+@pytest.mark.slow
 def test_killed_twenty_times_at_random_points_it_ends_the_same(tmp_path):
     """SIGKILL, with one, two or three processes in turn; every answer is kept once."""
     rng, folder = random.Random(5), tmp_path / "run"
