@@ -52,8 +52,8 @@ def differing(
     tied = _is_tied(parts, model)
     if tied:
         weights.pop(HEAD, None)
-    _check_base(parts, base)
     packed = {f"{name}.weight" for name in quantized_layers(model)}
+    _check_base(parts, base, packed)
     weights = {k: v for k, v in weights.items() if not _is_packed(k, packed)}
     tables = {k: weights.pop(k) for k in _TABLES if k in weights}
     for prefix in list(base.towers):
@@ -93,10 +93,12 @@ def _is_tied(parts: Split, model: AVLlavaForConditionalGeneration) -> bool:
     return same and trained[0][0] == trained[1][0] and torch.equal(trained[0][1], trained[1][1])
 
 
-def _check_base(parts: Split, base: BaseTensors) -> None:
+def _check_base(parts: Split, base: BaseTensors, packed: Collection[str]) -> None:
     """Raise if the base holds what the model does not have, or language-model weights of other
     shapes."""
-    unknown = sorted(name for name in base.own if name not in parts.weights)
+    unknown = sorted(
+        name for name in base.own if name not in parts.weights and not _is_packed(name, packed)
+    )
     experts = [name for name in unknown if ".experts." in name]
     if experts:
         raise CheckpointError(

@@ -19,11 +19,16 @@ from av_llava.budgeting import context_length
 from av_llava.checkpoints import delta
 from av_llava.checkpoints.configuration import blamed_on, memory_keys, read_config
 from av_llava.checkpoints.convert import Report
-from av_llava.checkpoints.description_parts import Found, describe_delta, describe_parts
+from av_llava.checkpoints.description_parts import (
+    Found,
+    account_of_names,
+    describe_delta,
+    describe_parts,
+)
 from av_llava.checkpoints.file_names import DELTA_RECORD
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.load import locate
-from av_llava.checkpoints.needed import disk_shapes, empty_model
+from av_llava.checkpoints.needed import empty_model
 from av_llava.checkpoints.parts import PartialFolder, is_partial
 from av_llava.checkpoints.public_audio import refuse_public
 from av_llava.checkpoints.quantize import stored_scheme
@@ -166,7 +171,8 @@ def _whole(folder: CheckpointFolder) -> Found:
         if scheme is None:
             _account(open_source(folder.path), found, tower)
         else:
-            found.account = _names_only(folder, found.config)
+            names = set(map(disk_name, memory_keys(folder)))
+            found.account = account_of_names(names, found.config)
             found.tower = {"weights": "inside the checkpoint"}
     except CheckpointError as error:
         found.problems.append(str(error))
@@ -227,21 +233,6 @@ def _account(source: Source, found: Found, tower: Tower | None) -> None:
 def _without_tower(account: Report) -> Report:
     kept = tuple(name for name in account.missing if not name.startswith(_VISION))
     return replace(account, missing=kept)
-
-
-def _names_only(folder: CheckpointFolder, config: AVLlavaConfig) -> Report:
-    """The account of a quantised folder, whose shapes are not those of the model."""
-    stored = {disk_name(name) for name in memory_keys(folder)}
-    wanted = set(disk_shapes(empty_model(config)))
-    if config.tie_word_embeddings:
-        stored, wanted = stored - {"lm_head.weight"}, wanted - {"lm_head.weight"}
-    return Report(
-        converter="",
-        source=str(folder.path),
-        destination=None,
-        missing=tuple(sorted(wanted - stored)),
-        unexpected=tuple(sorted(stored - wanted)),
-    )
 
 
 def _completed(found: Found, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -6,7 +6,7 @@ whole; else the reason stands under ``problems``, or under ``notes`` if the base
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,22 @@ from transformers import PreTrainedTokenizerBase
 
 from av_llava.checkpoints import delta
 from av_llava.checkpoints.base import HEAD, named_tensors, with_rows
+from av_llava.checkpoints.configuration import memory_keys
 from av_llava.checkpoints.convert import Report
 from av_llava.checkpoints.folder import CheckpointFolder
 from av_llava.checkpoints.lora import Lora, check_fit, read_lora
 from av_llava.checkpoints.needed import disk_shapes, empty_model
 from av_llava.checkpoints.partial import Opened, open_partial
 from av_llava.checkpoints.parts import PartialFolder, named_base
+from av_llava.checkpoints.quantize import stored_scheme
 from av_llava.checkpoints.source import TOWER_PREFIX, account
 from av_llava.checkpoints.tokens import tokens_of
+from av_llava.checkpoints.towers import cached
 from av_llava.config import AVLlavaConfig
 from av_llava.errors import AVLlavaError, CheckpointError
 from av_llava.weight_names import disk_name
+
+_TABLES = ("embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass
@@ -66,7 +71,7 @@ def describe_parts(folder: PartialFolder, base: str | Path | None) -> Found:
         opened = open_partial(folder.path, base, need_tower=False)
         found.data["base"] = str(opened.base.path)
         found.config = with_rows(opened.config, opened.rows)
-        found.tower, found.account = _whole(opened, found.config, lora)
+        _whole(found, opened, lora)
     except AVLlavaError as error:
         found.problems.append(str(error))
         return found
@@ -82,38 +87,62 @@ def _kind(folder: PartialFolder) -> str:
     return "a LoRA" if folder.is_adapter else "a projector"
 
 
-def _whole(
-    opened: Opened, config: AVLlavaConfig, lora: Lora | None
-) -> tuple[dict[str, Any] | None, Report]:
-    """Where the vision tower is, and how folder, base and towers fill the model.
+def _whole(found: Found, opened: Opened, lora: Lora | None) -> None:
+    """Account for folder, base and towers together, and say where the vision tower is.
 
     Raises:
-        CheckpointError: a LoRA that is not of this model, or a tower that is nowhere.
+        CheckpointError: a LoRA that is not of this model.
     """
-    model = empty_model(config)
+    assert found.config is not None
+    model = empty_model(found.config)
     if lora is not None:
         check_fit(model, lora)
-    expected = disk_shapes(model)
-    tensors = {disk_name(name): stored for name, stored in named_tensors(opened.base).items()}
-    tensors |= opened.folder.stored
-    for name in (n for n in expected if n in tensors and n.endswith(_TABLES)):
-        if tensors[name].shape[0] < opened.rows:  # grown while loading
-            expected[name] = tensors[name].shape
+    elsewhere = _towers(found, opened)
+    if stored_scheme(opened.base) is not None:
+        names = set(map(disk_name, memory_keys(opened.base))) | set(opened.folder.stored)
+        report = account_of_names(names, found.config)
+    else:
+        expected = disk_shapes(model)
+        tensors = {disk_name(name): stored for name, stored in named_tensors(opened.base).items()}
+        tensors |= opened.folder.stored
+        for name in (n for n in expected if n in tensors and n.endswith(_TABLES)):
+            if tensors[name].shape[0] < opened.rows:  # grown while loading
+                expected[name] = tensors[name].shape
+        if found.config.tie_word_embeddings:
+            expected.pop(HEAD, None)
+            tensors.pop(HEAD, None)
+        report = account(tensors, expected)
+    kept = tuple(name for name in report.missing if not name.startswith(elsewhere))
+    found.account = replace(report, missing=kept)
+
+
+def _towers(found: Found, opened: Opened) -> tuple[str, ...]:
+    """Say where towers lie that neither the folder nor its base holds; prefixes of their names."""
+    places = {disk_name(k): where for k, where in opened.recorded_towers().items()}
+    tower = opened.tower
+    if tower is not None and not opened.holds_vision_tower:
+        folder = tower.folder or cached(tower.name)
+        places.setdefault(TOWER_PREFIX, [tower.name if folder is None else str(folder)])
+    for place in (place for several in places.values() for place in several):
+        if not Path(place).expanduser().exists():
+            found.notes.append(f"The tower {place!r} is not at hand; loading asks the hub for it.")
+    inside = "inside the folder or its base"
+    found.tower = {"weights": places.get(TOWER_PREFIX, [inside])[0]}
+    return tuple(places)
+
+
+def account_of_names(stored: set[str], config: AVLlavaConfig) -> Report:
+    """Compare names alone, for quantised weights, whose shapes are not those of the model."""
+    wanted = set(disk_shapes(empty_model(config)))
     if config.tie_word_embeddings:
-        expected.pop(HEAD, None)
-        tensors.pop(HEAD, None)
-    elsewhere = {disk_name(k): places for k, places in opened.recorded_towers().items()}
-    where = "inside the folder or its base"
-    if opened.tower is not None and not opened.holds_vision_tower:
-        places = [str(opened.tower.folder)] if opened.tower.folder else ["not here"]
-        elsewhere.setdefault(TOWER_PREFIX, places)
-    where = elsewhere.get(TOWER_PREFIX, [where])[0]
-    expected = {n: s for n, s in expected.items() if not n.startswith(tuple(elsewhere))}
-    at = None if config.vision_config is None else {"weights": where}
-    return at, account(tensors, expected)
-
-
-_TABLES = ("embed_tokens.weight", "lm_head.weight")
+        stored, wanted = stored - {HEAD}, wanted - {HEAD}
+    return Report(
+        converter="",
+        source="",
+        destination=None,
+        missing=tuple(sorted(wanted - stored)),
+        unexpected=tuple(sorted(stored - wanted)),
+    )
 
 
 def describe_delta(folder: CheckpointFolder, base: str | Path | None) -> Found:

@@ -35,7 +35,7 @@ from .folders import (
     refusal,
     write_weights,
 )
-from .trained import NEW, PROJECTORS, base_folder, hearing, lora, new_ids
+from .trained import NEW, PROJECTORS, answers, base_folder, hearing, lora, new_ids
 
 torch.set_num_threads(1)
 
@@ -235,6 +235,33 @@ def test_an_adapter_and_its_whole_model(tmp_path):
     shutil.rmtree(tmp_path / "base")
     found = av_llava.describe(folder)
     assert "cannot be found" in found["problems"][0] and found["lora"]["rank"] == 4
+
+
+@pytest.mark.parametrize("scheme", ["4bit", "int8"])
+def test_an_adapter_on_a_base_that_is_stored_quantised(tmp_path, scheme):
+    base = base_folder(tmp_path / "base")
+    av_llava.load(base, device="cpu", quantize=scheme).save_pretrained(tmp_path / "small")
+    m = av_llava.load(tmp_path / "small", device="cpu")
+    trained = lora(m)
+    before = answers(trained)
+    save_adapter(trained, m.processor, tmp_path / "adapter", base=tmp_path / "small")
+    again = av_llava.load(tmp_path / "adapter", device="cpu").model
+    assert torch.equal(answers(again), before)
+    found = av_llava.describe(tmp_path / "adapter")
+    assert found["base"] == str(tmp_path / "small") and found["lora"]["modules"] == 6
+    assert found["missing"] == found["unexpected"] == found["problems"] == []
+
+
+def test_a_tower_that_an_adapter_refers_to_and_that_is_gone_is_told(tmp_path):
+    base = copy_case(V15, tmp_path)
+    m = av_llava.load(base, device="cpu")
+    save_adapter(lora(m, target_modules=["q_proj"]), m.processor, tmp_path / "adapter", base=base)
+    tower = str(tmp_path / "vision_tower")
+    found = av_llava.describe(tmp_path / "adapter")
+    assert found["vision_tower"]["weights"] == tower and found["notes"] == []
+    shutil.rmtree(tower)
+    found = av_llava.describe(tmp_path / "adapter")
+    assert found["problems"] == [] and tower in "".join(found["notes"] + found["problems"])
 
 
 def test_an_adapter_on_another_base_says_which_key_and_both_shapes(tmp_path):
