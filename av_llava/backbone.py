@@ -299,7 +299,11 @@ class AVLlavaModel(AVLlavaPreTrainedModel):
                 tower_outputs,
             )
             input_ids = None
-            if attention_mask is None:
+            if media.splice.packed is not None:
+                # Without mask and cache, transformers keeps apart what restarts its positions.
+                attention_mask, past_key_values, use_cache = None, None, False
+                position_ids = media.splice.position_ids().to(inputs_embeds.device)
+            elif attention_mask is None:
                 attention_mask = media.splice.attention_mask().to(inputs_embeds.device)
         elif inputs_embeds is None and any(
             given is not None for given in (pixel_values, pixel_values_videos, input_features)

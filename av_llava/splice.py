@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ class SplicePlan:
         text_labels: int64 labels of the text rows, or None when there are none. [N_text]
         padding_side: ``right`` or ``left``.
         length: padded length; None means that of the longest sample.
+        packed: lengths of the parts of each row that must not see each other; None: rows are whole.
     """
 
     samples: tuple[tuple[Segment, ...], ...]
@@ -66,6 +67,7 @@ class SplicePlan:
     text_labels: np.ndarray | None = None
     padding_side: str = "right"
     length: int | None = None
+    packed: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
@@ -103,10 +105,13 @@ class SplicePlan:
         return mask
 
     def position_ids(self) -> Tensor:
-        """Int64 positions: 0..n-1 on content and 0 on padding. [B, L]"""
+        """Int64 positions: 0..n-1 on each row, or each of its parts, and 0 on padding. [B, L]"""
         ids = torch.zeros(self.shape, dtype=torch.int64)
-        for i, n in enumerate(self.lengths):
-            ids[i, self.offset(i) : self.offset(i) + n] = torch.arange(n)
+        for i, whole in enumerate(self.lengths):
+            at = self.offset(i)
+            for n in (whole,) if self.packed is None else self.packed[i]:
+                ids[i, at : at + n] = torch.arange(n)
+                at += n
         return ids
 
     def labels(self) -> Tensor | None:
@@ -131,7 +136,7 @@ class SplicePlan:
 
     def with_padding(self, side: str, length: int | None = None) -> SplicePlan:
         """The same content with another padding."""
-        return SplicePlan(self.samples, self.text_ids, self.counts, self.text_labels, side, length)
+        return replace(self, padding_side=side, length=length)
 
     @classmethod
     def build(

@@ -40,6 +40,7 @@ from av_llava.training.collate import (
 from av_llava.training.fitting import with_fewer_frames
 from av_llava.training.index import LengthIndex
 from av_llava.training.modality_dropout import ModalityDropout, in_form, modality_in_form
+from av_llava.training.packing import packed
 from av_llava.training.samples import Sample
 from av_llava.training.store import SampleStore
 
@@ -93,6 +94,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
             frames until they fit. Text is never cut.
         dropout: videos that lose their sound or their frames for an epoch.
         cache: what frozen towers gave for media earlier; None keeps nothing.
+        packing: put the samples of a batch into one row (:mod:`av_llava.training.packing`).
 
     Raises:
         DataError: index and store differ, samples are too long, or too many are unreadable.
@@ -112,6 +114,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         too_long: str = "error",
         dropout: ModalityDropout | None = None,
         cache: CachedMedia | None = None,
+        packing: bool = False,
     ) -> None:
         check_choice("answer to samples that are too long", too_long, TOO_LONG)
         self.store, self.processor, self.index = store, processor, index
@@ -123,7 +126,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         self.bad_media = bad_media or BadMediaSettings()
         self.seed, self.epoch = seed, epoch
         self.max_length, self.too_long = max_length, too_long
-        self.dropout, self.cache = dropout, cache
+        self.dropout, self.cache, self.packing = dropout, cache, packing
         self.planner = MediaPlanner(processor.config)
         self._unreadable: dict[int, tuple[str, str]] = {}
         self._epoch: _Epoch | None = None
@@ -151,6 +154,10 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         self._check_lengths(prepared, chosen)
         info = self._info(prepared, chosen, epoch, tuple(bad), time.perf_counter() - started)
         pad = pad_token_id(self.processor.tokenizer)
+        if self.packing:
+            _check_weights(chosen)
+            prepared = replace(prepared, media=packed(prepared.media))
+            info = replace(info, padded=sum(info.lengths))
         batch = collate(prepared, self.processor.config, pad, info)
         if self.cache is not None:
             batch["tower_outputs"] = self.cache.outputs(builder)
@@ -353,6 +360,17 @@ class TrainingDataset(Dataset[dict[str, Any]]):
             seconds=seconds,
             rss_bytes=resident_bytes(),
         )
+
+
+def _check_weights(chosen: Sequence[_Chosen]) -> None:
+    """Refuse weights of samples in a row: the loss is weighted by rows."""
+    for one in chosen:
+        if one.sample.weight != 1.0:
+            raise DataError(
+                f"{one.sample.source}: sample {one.sample.id!r} has a weight of "
+                f"{one.sample.weight:g}, which packed rows cannot take into account. Leave packing "
+                f"out (batch.packing=false), or the weight."
+            )
 
 
 @contextmanager

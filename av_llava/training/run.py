@@ -43,6 +43,7 @@ from av_llava.training.evaluation import Evaluation
 from av_llava.training.feature_cache import GIB, FeatureStore, TowerKeys
 from av_llava.training.index import MODALITY_BITS, LengthIndex, build_index
 from av_llava.training.modality_dropout import ModalityDropout, plan_dropout
+from av_llava.training.packing import check_packing
 from av_llava.training.parts import PartsTable, apply_trainable
 from av_llava.training.preview import CLOSE, OPEN, preview
 from av_llava.training.run_folder import LENGTHS, QUARANTINE, RECIPE, RunFolder
@@ -294,7 +295,15 @@ def prepare(
     make = functools.partial(
         _dataset, settings=settings, processor=model.processor, options=options
     )
-    dataset = make(store, index, dropout=dropout, cache=feature_cache(settings, args, model))
+    if settings.batch.packing:
+        check_packing(model.model)
+    dataset = make(
+        store,
+        index,
+        dropout=dropout,
+        cache=feature_cache(settings, args, model),
+        packing=settings.batch.packing,
+    )
     sampler = _sampler(dataset, settings, args)
     other = None
     if held_out is not None:
@@ -347,6 +356,7 @@ def _dataset(
     options: MediaOptions,
     dropout: ModalityDropout | None = None,
     cache: CachedMedia | None = None,
+    packing: bool = False,
 ) -> TrainingDataset:
     return TrainingDataset(
         store,
@@ -359,6 +369,7 @@ def _dataset(
         too_long=settings.data.too_long,
         dropout=dropout,
         cache=cache,
+        packing=packing,
     )
 
 

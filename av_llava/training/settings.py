@@ -162,6 +162,9 @@ class BatchSettings(Settings):
     mix less."""
     shuffle: bool = True
     """Another order every epoch; false keeps the file's."""
+    packing: bool = False
+    """Put the samples of a batch into one row, kept apart by their positions; the language model
+    must be able to."""
     workers: int = 2
     """Processes that read media, per device; 0 reads in the training process."""
     prefetch: int = 2
@@ -174,6 +177,7 @@ class BatchSettings(Settings):
         check_choice("batch.too_long", self.too_long, ("error", "alone"))
         check_whole("batch.buffer", self.buffer, 1)
         check_flag("batch.shuffle", self.shuffle)
+        check_flag("batch.packing", self.packing)
         check_whole("batch.workers", self.workers, 0)
         check_whole("batch.prefetch", self.prefetch, 1)
 
