@@ -194,10 +194,10 @@ class Measurer:
         """What lengths depend on, beside the media: name → digest."""
         tokenizer, template = self.processor.tokenizer, self.processor.template
         backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-        config = json.loads(self.processor.config.to_json_string(use_diff=False))
-        for name in ("transformers_version", "dtype", "_name_or_path"):
-            config.pop(name, None)
-        how = [getattr(self.options, n) for n in ("sampling", "start_s", "end_s", "limits")]
+        config = _bare(json.loads(self.processor.config.to_json_string(use_diff=False)))
+        config["text_config"] = {}  # templates and tokens are digested by themselves
+        limits = {k: v for k, v in self.options.limits.to_dict().items() if k not in _PATIENCE}
+        how = [self.options.sampling, self.options.start_s, self.options.end_s, limits]
         return {
             "version": av_llava.__version__,
             "data": self.store.digest(),
@@ -264,6 +264,11 @@ class Measurer:
         # A file that stands in for the sound of every video.
         if self.options.audio not in ("auto", "on", "off"):
             yield os.path.abspath(self.options.audio)
+
+
+_NO_MATTER = ("transformers_version", "dtype", "_name_or_path", "sampling")
+# How long and in how much memory a file may be decoded; headers are read in no time.
+_PATIENCE = ("max_decode_s", "max_stall_s", "max_download_s", "max_worker_bytes")
 
 
 class _Named:
@@ -369,6 +374,13 @@ def _chunk(chunk: int) -> Measured:
     if _stop.is_set():  # nobody waits for what was queued
         return Measured(chunk, np.zeros((3, 0), np.int32), {}, {})
     return _measurer.chunk(chunk)
+
+
+def _bare(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what says nothing about lengths, at every depth."""
+    return {
+        k: _bare(v) if isinstance(v, dict) else v for k, v in config.items() if k not in _NO_MATTER
+    }
 
 
 def _sha(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import torch
 from clips import make_clip
 from PIL import ExifTags, Image
 
+import av_llava
 from av_llava.errors import DataError, UsageError
 from av_llava.inspection import light_processor
 from av_llava.settings import IGNORE_INDEX
@@ -194,7 +196,7 @@ def change_options(folder, processor):
 
 def change_model(folder, processor):
     other = light_processor(None)
-    other.config.sampling = other.config.sampling.replace(frames=3)
+    other.config.audio = other.config.audio.replace(pool_stride=4)
     return open_store(folder / "train.jsonl"), other, {}
 
 
@@ -231,6 +233,21 @@ def change_presence(folder):
 
 def change_sound(folder):
     make_clip(folder / "sound.wav", seconds=2, video=False)
+
+
+def test_training_uses_what_the_command_measured(folder, processor, monkeypatch):
+    """Other spellings of the same: weights loaded, patience, sampling kept in the model."""
+    store, file = write(folder, ROWS), folder / "train.index"
+    build_index(store, processor, processor.media_options(frames=5), file=file)
+    other = av_llava.load(device="cpu", dtype="bfloat16").processor
+    options = other.media_options(frames=5)
+    other.config.sampling = options.sampling
+    patient = dataclasses.replace(options, limits=options.limits.replace(max_decode_s=7))
+    chunks = spy(monkeypatch)
+    build_index(store, other, patient, file=file)
+    assert not chunks
+    strict = dataclasses.replace(options, limits=options.limits.replace(max_duration_s=2.5))
+    assert build_index(store, other, strict, file=file).errors and chunks == [0]
 
 
 @pytest.mark.parametrize("change", [change_length, change_time, change_presence, change_sound])
