@@ -236,7 +236,7 @@ def _without_tower(account: Report) -> Report:
 
 
 def _completed(found: Found, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Add the tokens that loading adds; return the ids of those that the config speaks of."""
+    """Add the tokens and rows that loading adds; ids of the tokens that the config speaks of."""
     assert found.config is not None
     before = len(tokenizer)
     ids = complete_tokenizer(tokenizer, found.config)
@@ -245,4 +245,6 @@ def _completed(found: Found, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             f"{len(tokenizer) - before} token(s) that config.json speaks of are not in the "
             f"tokenizer; loading adds them."
         )
+    text = found.config.text_config
+    text.vocab_size = max([text.vocab_size, *(i + 1 for i in ids)])
     return ids

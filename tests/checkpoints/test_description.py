@@ -180,6 +180,13 @@ def test_tokens_that_loading_adds_are_told(tmp_path):
     ids = tokenizer.convert_tokens_to_ids(names)
     assert found["tokenizer"]["tokens"] == dict(zip(names, ids, strict=True))
     assert found["notes"][0].startswith("3 token(s)")
+    assert found["language_model"]["vocabulary"] == 320
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    edit_weights(folder, **{k: tensors_of(folder)[k][:304] for k in tables})
+    edit_config(folder, vocab_size=304)
+    found, loaded = av_llava.describe(folder), load_checkpoint(folder, device="cpu").model
+    assert found["problems"] == [] and found["language_model"]["vocabulary"] == 307
+    assert found["parameters"] == sum(p.numel() for p in loaded.parameters())
 
 
 def test_a_model_that_only_listens(tmp_path):
