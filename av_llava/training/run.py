@@ -53,6 +53,8 @@ from av_llava.training.trainer import AVTrainer, full_disk_named
 
 logger = logging.getLogger(__name__)
 
+MANY = 5000
+"""Samples from which on several processes measure them."""
 _PACKAGES = (
     "av-llava",
     "torch",
@@ -289,7 +291,7 @@ def prepare(
             options,
             index,
             folder=folder.path / LENGTHS,
-            workers=settings.batch.workers,
+            workers=_measuring_workers(settings, store),
             progress=hooks.progress,
         )
     make = functools.partial(
@@ -471,9 +473,14 @@ def measured(
             model.processor,
             options,
             file=file,
-            workers=settings.batch.workers,
+            workers=_measuring_workers(settings, store),
             progress=hooks.progress,
         )
+
+
+def _measuring_workers(settings: TrainSettings, store: SampleStore) -> int:
+    """Processes that measure samples: starting them takes longer than reading few headers."""
+    return settings.batch.workers if len(store) >= MANY else 0
 
 
 def check_rows(store: SampleStore, index: LengthIndex) -> None:
