@@ -19,7 +19,7 @@ SCORES = "scores.json"
 def keep_scores(
     folder: Path, compat: str | None = None, judge: Judge | None = None
 ) -> dict[str, Any]:
-    """Score a run and write ``scores.json``.
+    """Score a run and write ``scores.json``, and what the benchmark's server takes if it has one.
 
     Args:
         folder: of the run.
@@ -30,6 +30,7 @@ def keep_scores(
     from av_llava_eval.judge import judge_run
     from av_llava_eval.records import write_whole
     from av_llava_eval.scoring import score_folder, summarise
+    from av_llava_eval.submission import write_submissions
 
     scored = score_folder(folder)
     judged = None if judge is None else judge_run(scored, judge)
@@ -37,6 +38,8 @@ def keep_scores(
     found["comparisons"] = compare_arms(scored) if len(scored.arms) > 1 else []
     if judged is not None:
         found["judge"] = judged.to_dict()
+    if files := write_submissions(scored):
+        found["submissions"] = [file.name for file in files]
     write_whole(folder / SCORES, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return found
 
@@ -82,6 +85,8 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {found['bad_rows']} annotation rows could not be used and are left out"
     for pair in found.get("comparisons", ()):
         yield "  " + comparison_line(pair)
+    if found.get("submissions"):
+        yield f"  for the benchmark's server: {', '.join(found['submissions'])}"
     judge = found.get("judge")
     if judge:
         yield (

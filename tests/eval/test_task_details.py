@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 from eval_mini import MINIS, Media, Mini
+from eval_stand_in import StandIn
 
 from av_llava.errors import DataError, UsageError
 from av_llava_eval import get_task
+from av_llava_eval.experiment import Arm
+from av_llava_eval.runner import RunSettings, run
 from av_llava_eval.sample import Prediction
+from av_llava_eval.scoring import score_folder
+from av_llava_eval.submission import write_submissions
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +143,28 @@ def test_the_submission_of_egoschema(media: Media, tmp_path: Path) -> None:
     assert list(json.loads(text)) == [s.id for s in samples]
     records = [task.score_sample(s, "A") for s in samples]
     assert {r["labelled"] for r in records} == {True, False}
+
+
+def test_a_run_leaves_a_file_for_the_server(media: Media, tmp_path: Path) -> None:
+    data = mini("egoschema-original").build(tmp_path / "data", media)
+    task, folder = get_task("egoschema"), tmp_path / "run"
+    arms = (Arm("audio on", sound="on"), Arm("audio off", sound="off"))
+    run(task, data, folder, StandIn, RunSettings(arms=arms, workers=0))
+    files = write_submissions(score_folder(folder))
+    assert [f.name for f in files] == [
+        "audio-on.egoschema_submission.json", "audio-off.egoschema_submission.json"
+    ]  # fmt: skip
+    for file in files:
+        assert set(json.loads(file.read_text())) == {s.id for s in task.load(data)}
+    # Failures are in it, too.
+    failing = StandIn(fail={s.group: "missing" for s in task.load(data)})
+    run(task, data, tmp_path / "two", lambda: failing, RunSettings(workers=0))
+    (only,) = write_submissions(score_folder(tmp_path / "two"))
+    assert only.name == "egoschema_submission.json"
+    assert set(json.loads(only.read_text()).values()) == {-1}
+    one = mini("nextqa_mc-csv").build(tmp_path / "nextqa", media)
+    run(get_task("nextqa_mc"), one, tmp_path / "three", StandIn, RunSettings(workers=0))
+    assert write_submissions(score_folder(tmp_path / "three")) == []
 
 
 def test_rows_without_an_answer_are_not_of_the_subset(media: Media, tmp_path: Path) -> None:
