@@ -18,7 +18,7 @@ from av_llava.cli.main import app
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 WIDTH = 98
-_BLOCK = re.compile(r"(<!-- help(?P<name>(?: \w+)?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- help(?P<name>(?: \w+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def help_text(*words: str) -> str:

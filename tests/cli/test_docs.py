@@ -10,7 +10,9 @@ import typer
 from av_llava.cli.docs import PAGE, WIDTH, help_text, updated
 from av_llava.cli.main import app
 
-COMMANDS = [c.name for c in app.registered_commands]
+ALL = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+DATA = ["data", *(f"data {name}" for name in ALL["data"].commands)]
+COMMANDS = [*(c.name for c in app.registered_commands), *DATA[1:]]
 
 
 def squeezed(text: str) -> str:
@@ -25,7 +27,8 @@ def test_help_texts_are_up_to_date() -> None:
 
 def test_every_command_has_its_block() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert re.findall(r"<!-- help (\w+) -->", page) == COMMANDS
+    found = re.findall(r"<!-- help (\w[\w ]*) -->", page)
+    assert sorted(found) == sorted({*COMMANDS, "data"})
 
 
 def test_a_stale_block_is_noticed() -> None:
@@ -37,9 +40,12 @@ def test_a_stale_block_is_noticed() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_its_width_and_explains_every_flag(command: str) -> None:
-    text = help_text(command)
+    text = help_text(*command.split())
     assert max(map(len, text.splitlines())) <= WIDTH
-    known = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    known = ALL
+    for word in command.split()[:-1]:
+        known = known[word].commands
+    known = known[command.split()[-1]]
     flags = [p for p in known.params if p.param_type_name == "option"]
     assert flags and all(p.help for p in flags)
 

@@ -270,7 +270,10 @@ def test_what_has_no_place_is_kept():
         "vdeo": 3,
         "turns": {"1": {"lang": "en"}},
     }
-    assert [n.text for n in found.notes] == ["'lang' of a turn is not used", "'vdeo' is not used"]
+    assert [n.text for n in found.notes] == [
+        "'lang' of a turn is not used",
+        "'vdeo' is not used; was 'video' meant?",
+    ]
     assert found.sample.train_turns == (False, True)
 
 

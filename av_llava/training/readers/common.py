@@ -8,6 +8,8 @@ what a person should know about is a :class:`Note`.
 
 from __future__ import annotations
 
+import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -244,7 +246,7 @@ class Draft:
         for key, value in self.row.items():
             self.meta[key] = value
             if key not in ABOUT_KEYS:
-                self.notes.append(Note("unknown key", f"{key!r} is not used"))
+                self.notes.append(Note("unknown key", f"{key!r} is not used{_perhaps(key)}"))
         messages = self._messages()
         roots = self.context.roots
         flags = [flag is not False for flag in self.answer_flags]
@@ -276,6 +278,14 @@ class Draft:
             if isinstance(turn["content"], str) and NOISE in turn["content"]:
                 turn["content"] = turn["content"].replace(NOISE, "")
                 self.notes.append(Note("cleaned text", f"{NOISE!r} was taken out of a text"))
+
+
+@functools.lru_cache(maxsize=256)
+def _perhaps(key: str) -> str:
+    """What a key that nobody uses may have been meant as."""
+    known = [*ID_KEYS, *SOUND_KEYS, *(k for keys in MEDIA_KEYS.values() for k in keys), "system"]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    return f"; was {close[0]!r} meant?" if close else ""
 
 
 def _flag(index: int, turn: dict[str, Any]) -> bool | None:
