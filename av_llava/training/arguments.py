@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from av_llava.errors import MissingExtraError, UsageError
+from av_llava.errors import UsageError
 from av_llava.training.settings import TrainSettings
 
 DEFAULTS: dict[str, Any] = {
@@ -45,15 +45,18 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
     """Make the arguments of one run.
 
     Raises:
-        UsageError: an unknown field, a value that the library refuses.
-        MissingExtraError: DeepSpeed, or a package to report to, is not installed.
+        UsageError: an unknown field, a value that the library refuses, or a package that a field
+            needs is not installed.
     """
     given = dict(settings.training)
     _check_names(given)
     if "report_to" not in given:
         given["report_to"] = ["tensorboard"] if _is_there("tensorboard") else []
     if given.get("deepspeed") and not _is_there("deepspeed"):
-        raise MissingExtraError("deepspeed", "train", "training.deepspeed")
+        raise UsageError(
+            "training.deepspeed needs the package deepspeed, which does not come with this one: "
+            "pip install deepspeed"
+        )
     values = {**DEFAULTS, **given, **_FIXED}
     values |= {
         "output_dir": str(output),

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ Gather = Callable[[Tensor], Tensor]
 """From [n] on each rank to [ranks, n]."""
 
 _SHOWN_IDS = 8
-_LOSSES_KEPT = 16
+_VALUES_KEPT = 32
 
 
 @dataclass
@@ -82,24 +83,38 @@ class Meters:
 
 
 class LossWatch:
-    """Stops a run whose loss is no number, and says for which samples.
+    """Stops a run whose loss or gradient is no number, and says for which samples.
 
     Args:
-        at_once: look at every loss at once, which waits for the device; else at some together.
+        at_once: look at every value at once, which waits for the device; else at some together.
     """
 
     def __init__(self, at_once: bool) -> None:
         self.at_once = at_once
-        self._losses: list[tuple[Tensor, BatchInfo, int]] = []
+        self._values: list[tuple[str, Any, BatchInfo | None, int]] = []
+        self._last: BatchInfo | None = None
 
     def add(self, loss: Tensor, info: BatchInfo, step: int) -> None:
         """Take note of a loss.
 
         Raises:
-            DataError: it, or one before, is no number.
+            DataError: it, or a value before, is no number.
         """
-        self._losses.append((loss.detach(), info, step))
-        if self.at_once or len(self._losses) >= _LOSSES_KEPT:
+        self._last = info
+        self._add("loss", loss.detach(), info, step)
+
+    def add_norm(self, norm: Any, step: int) -> None:
+        """Take note of the norm of a step's gradients.
+
+        Raises:
+            DataError: it, or a value before, is no number.
+        """
+        if norm is not None:
+            self._add("gradient norm", norm, self._last, step)
+
+    def _add(self, what: str, value: Any, info: BatchInfo | None, step: int) -> None:
+        self._values.append((what, value, info, step))
+        if self.at_once or len(self._values) >= _VALUES_KEPT:
             self.check()
 
     def check(self) -> None:
@@ -108,16 +123,17 @@ class LossWatch:
         Raises:
             DataError: see :meth:`add`.
         """
-        if not self._losses:
+        if not self._values:
             return
-        kept, self._losses = self._losses, []
-        values = torch.stack([loss.float() for loss, _, _ in kept]).tolist()
-        for value, (_, info, step) in zip(values, kept, strict=True):
+        kept, self._values = self._values, []
+        values = torch.stack([torch.as_tensor(v).float() for _, v, _, _ in kept]).tolist()
+        for value, (what, _, info, step) in zip(values, kept, strict=True):
             if not math.isfinite(value):
+                whose = f", for {named(info)}" if info is not None else ""
                 raise DataError(
-                    f"The loss of step {step} is {value}, for {named(info)}. Nothing was saved "
-                    f"of it: the last checkpoint is from before. Look at these samples; if they "
-                    f"are right, lower the learning rate, or use bf16 rather than fp16."
+                    f"The {what} of step {step} is {value}{whose}. Nothing was saved of it: the "
+                    f"last checkpoint is from before. Look at these samples; if they are right, "
+                    f"lower the learning rate, or use bf16 rather than fp16."
                 )
 
 

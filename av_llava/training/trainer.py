@@ -24,10 +24,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from av_llava.errors import CheckpointError
+from av_llava.errors import CheckpointError, UsageError
 from av_llava.training.artefacts import Artefacts
 from av_llava.training.bad_media import BadMediaWatch
 from av_llava.training.batching import TokenBudgetBatchSampler
@@ -150,6 +151,12 @@ class AVTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.add(loss, info, self.state.global_step + 1)
         return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Watch the norm, too: one that is no number spoils the weights in this very step."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.losses.add_norm(norm, self.state.global_step + 1)
+        return norm
 
     def compute_loss(
         self,
@@ -278,10 +285,27 @@ class AVTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         state = json.loads((folder / SAMPLER).read_text(encoding="utf-8"))
         self.sampler.load_state_dict(state)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not sharded and not (folder / OPTIMIZER_NAME).is_file():
+            raise UsageError(
+                f"{folder} holds no state of the optimiser (training.save_only_model), so its run "
+                f"cannot go on. Start another run from its weights (model.path={folder})."
+            )
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.artefacts.read(folder)
+
+    def _load_best_model(self) -> None:
+        """Go back to the weights of the best checkpoint (``training.load_best_model_at_end``)."""
+        best = self.state.best_model_checkpoint
+        if best is not None and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            self.artefacts.read(Path(best))
+        elif best is not None:
+            raise UsageError(
+                "training.load_best_model_at_end cannot gather sharded weights: take the best "
+                f"checkpoint, {best}."
+            )
 
 
 @contextmanager

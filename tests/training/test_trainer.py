@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 from importlib import metadata
@@ -10,13 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import tiny
 from train_runs import logged, losses, make_base, make_data, recipe, trainer_of
 from training_data import dataset_of, make_media, sample, some_samples
 from transformers import TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from av_llava.errors import DataError
+from av_llava.errors import DataError, UsageError
+from av_llava.training.callbacks import register_entry_points
 from av_llava.training.collate import BatchInfo
 from av_llava.training.loss import weighted_loss, where_learned
 from av_llava.training.meters import LossWatch, Meters, check_supervised
@@ -209,6 +212,29 @@ def test_a_loss_on_a_device_is_looked_at_later_but_before_saving() -> None:
     watch.check()  # once
 
 
+def test_a_gradient_that_is_no_number_is_noticed_before_it_is_saved() -> None:
+    watch = LossWatch(at_once=False)
+    watch.add(torch.tensor(1.0), info(), 7)
+    watch.add_norm(torch.tensor(float("inf")), 7)
+    with pytest.raises(DataError, match="The gradient norm of step 7 is inf, for samples 'a'"):
+        watch.check()
+
+
+def test_gradients_without_bound_stop_the_run(run_of) -> None:
+    settings = run_of(training={"save_strategy": "steps", "save_steps": 1})
+    trainer, _ = trainer_of(settings)
+
+    class Explode(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):
+            if state.global_step == 1:
+                model.lm_head.weight.register_hook(lambda g: g * float("inf"))
+
+    trainer.add_callback(Explode())
+    with pytest.raises(DataError, match="gradient norm of step 2"):
+        trainer.train()
+    assert [p.name for p in Path(settings.output).glob("*checkpoint*")] == ["checkpoint-1"]
+
+
 def test_a_run_with_a_broken_weight_stops_and_keeps_nothing(run_of) -> None:
     settings = run_of(training={"save_strategy": "steps", "save_steps": 1})
     trainer, _ = trainer_of(settings)
@@ -382,3 +408,62 @@ def test_compiled_language_models_train_alike(run_of) -> None:
     settings = run_of(training={"max_steps": 2}, compile=True)
     trainer, _ = trainer_of(settings.replace(output=f"{settings.output}-compiled"))
     assert trainer.model.model.language_model._compiled_call_impl is not None
+
+
+def test_the_best_checkpoint_can_be_gone_back_to(run_of, place) -> None:
+    settings = run_of(
+        data={"eval": str(place / "data.jsonl")},
+        evaluation={"samples": 0},
+        training={
+            "max_steps": 4,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "loss",
+            "greater_is_better": True,  # the worst one, which is not the last
+        },
+    )
+    trainer, prepared = trainer_of(settings)
+    trainer.train()
+    first = Path(settings.output) / "checkpoint-1"
+    assert trainer.state.best_model_checkpoint == str(first)
+    held = load_file(first / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(prepared.model.model.lm_head.weight, held)
+
+
+def test_weights_alone_cannot_be_gone_on_with(run_of) -> None:
+    settings = run_of(training={"save_strategy": "steps", "save_steps": 2, "save_only_model": True})
+    trainer, _ = trainer_of(settings)
+    trainer.train()
+    again, _ = trainer_of(settings.replace(output=f"{settings.output}-2"))
+    with pytest.raises(UsageError, match="no state of the optimiser"):
+        again.train(resume_from_checkpoint=str(Path(settings.output) / "checkpoint-2"))
+
+
+def test_deepspeed_is_named_when_it_is_not_there(run_of) -> None:
+    if importlib.util.find_spec("deepspeed") is not None:
+        pytest.skip("deepspeed is installed")
+    with pytest.raises(UsageError, match="pip install deepspeed"):
+        train(run_of(training={"deepspeed": {"zero_optimization": {"stage": 2}}}))
+
+
+def test_entry_points_of_a_sharded_model_gather_their_weights() -> None:
+    """FSDP2 on one process: outside forward, weights are shards unless the method is registered."""
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model, _ = tiny("llama")
+        pixels = torch.zeros(1, 3, 56, 56, dtype=torch.uint8)
+        plan = [model.model.planner.image((56, 56))]
+        wanted = model.get_image_features(pixels, plan).pooler_output[0]
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        register_entry_points(model)
+        found = model.get_image_features(pixels, plan).pooler_output[0]
+        torch.testing.assert_close(found, wanted)
+    finally:
+        destroy_process_group()
