@@ -69,9 +69,13 @@ def command(
     from av_llava.training.stages import runs_of
 
     runs = list(runs_of(read_recipe(recipe, overrides or ()), stage))
+    result: dict[str, Any] = {}
     for settings in runs:
         if len(runs) > 1:
             output.note(f"Stage {settings.output}")
+        if check and runs.index(settings) and not os.path.exists(settings.model.path or ""):
+            output.note(f"It starts from {settings.model.path}, which is not there yet.")
+            continue
         result = _run(settings, check, resume, output)
     if first and as_json:
         output.data({"schema": SCHEMA, **result})
