@@ -1,4 +1,4 @@
-"""Every benchmark from its files to its scores with a real, tiny model of random weights."""
+"""Every benchmark from its files to its scores with the small model that comes with the project."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from eval_mini import MINIS, Media, Mini
-from tiny import tiny
 
+import av_llava
 from av_llava.inference import AVLlava
 from av_llava.media.worker import close_workers
 from av_llava_eval import get_task
@@ -33,7 +33,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[AVLlava]:
-    yield AVLlava(*tiny("qwen2", placement="interleave"))
+    yield av_llava.load(device="cpu")
     close_workers()
 
 
