@@ -73,6 +73,8 @@ def scan(path: Path) -> RowTable:
             _check_encoding(path, head)
             begin = len(_BOM) if head.startswith(_BOM) else 0
             is_array = head[begin:].lstrip()[:1] == b"["
+            if not is_array:
+                _check_one_line(path, head[begin:])
             table = _scan_array(path, file) if is_array else _scan_lines(file, begin)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -84,6 +86,16 @@ def scan(path: Path) -> RowTable:
 def _check_encoding(path: Path, head: bytes) -> None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
         raise DataError(f"{path} is not UTF-8 text; JSON and JSONL files are read as UTF-8.")
+
+
+def _check_one_line(path: Path, head: bytes) -> None:
+    """Refuse one object over several lines, of which none would be a row."""
+    first, _, rest = head.lstrip().partition(b"\n")
+    if first.rstrip()[-1:] in (b"{", b"[", b",") and rest[:1] in (b" ", b"\t"):
+        raise DataError(
+            f"{path} is one JSON object over several lines. Training data are one JSON array of "
+            "objects, or have one object a line."
+        )
 
 
 def _blocks(file: BinaryIO, digest: Digest) -> Iterator[np.ndarray]:

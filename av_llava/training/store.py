@@ -11,8 +11,6 @@ import bisect
 import hashlib
 import json
 import logging
-import os
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from av_llava.errors import DataError, UsageError, unknown_name
+from av_llava.training.byte_file import ByteFile
 from av_llava.training.media_roots import MediaRoots
 from av_llava.training.offsets import RowTable, scan
 from av_llava.training.readers import Reading, RowContext, detect, reader_named, renamed
@@ -88,8 +87,7 @@ class FileStore:
         self.read_as = read_as or ReadAs(roots=MediaRoots(self.path.parent))
         self._reader = None if self.read_as.format is None else reader_named(self.read_as.format)
         self._table: RowTable = scan(self.path)
-        self._lock = threading.Lock()
-        self._fd: tuple[int, int] | None = None
+        self._file = ByteFile(self.path)
         self._told: set[str] = set()
 
     @property
@@ -153,19 +151,6 @@ class FileStore:
             raise DataError(f"a row is a JSON object, not a {type(row).__name__}.")
         return row
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A descriptor and a lock belong to one process.
-        return {**self.__dict__, "_fd": None, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
-
-    def __del__(self) -> None:
-        opened = self.__dict__.get("_fd")
-        if opened is not None and opened[0] == os.getpid():
-            os.close(opened[1])
-
     def _read(self, index: int) -> Reading:
         row = renamed(self.row(index), self.read_as.columns, self._reader)
         reader = self._reader or detect(row)
@@ -181,28 +166,14 @@ class FileStore:
         table = self._table
         start, end = int(table.starts[index]), int(table.ends[index])
         if not table.is_array:
-            return self._pread(start, end)
+            return self._file.read(start, end)
         before = table.begin if index == 0 else int(table.ends[index - 1])
-        data = self._pread(before, end)
+        data = self._file.read(before, end)
         gap = data[: start - before].strip()
         if gap != (b"" if index == 0 else b","):
             found = repr(gap[:40].decode("utf-8", "replace")) if gap else "no comma"
             raise DataError(f"before this row of the array stands {found}, not just one comma.")
         return data[start - before :]
-
-    def _pread(self, start: int, end: int) -> bytes:
-        with self._lock:
-            if self._fd is None or self._fd[0] != os.getpid():
-                self._fd = (os.getpid(), _open(self.path))
-            fd = self._fd[1]
-            if hasattr(os, "pread"):
-                data = os.pread(fd, end - start, start)
-            else:
-                os.lseek(fd, start, os.SEEK_SET)
-                data = os.read(fd, end - start)
-        if len(data) != end - start:
-            raise DataError("the file has become shorter since it was opened; open it again.")
-        return data
 
     def _tell(self, kind: str, text: str, index: int) -> None:
         """Log a note once a file."""
@@ -381,13 +352,6 @@ def open_info(file: Path, roots: MediaRoots, name: str | None = None) -> SampleS
                 store = ChosenStore(store, np.arange(min(entry.first, len(store))))
             stores.append(store)
     return stores[0] if len(stores) == 1 else ChainedStore(stores)
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise DataError(f"the file cannot be opened again: {error.strerror}.") from error
 
 
 def _json_error(error: json.JSONDecodeError) -> str:

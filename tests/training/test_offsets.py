@@ -88,6 +88,8 @@ def test_any_bytes_give_rows_or_an_error(tmp_path_factory, data, block_bytes):
         (b"[1, 2, 3]", "between the last row and the end"),
         ('{"a": 1}'.encode("utf-16"), "is not UTF-8"),
         (b"\0\0", "is not UTF-8"),
+        (b'{\n  "data": []\n}', "one JSON object over several lines"),
+        (b'\n{"data": [\r\n\t{"a": 1}\n]}', "one JSON object over several lines"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, data, says):

@@ -178,7 +178,7 @@ def bad_rows():
             yield pytest.param(bad, says, array, id=f"{says}, {'array' if array else 'lines'}")
 
 
-@pytest.mark.parametrize(("bad", "says", "array"), bad_rows())
+@pytest.mark.parametrize(("bad", "says", "array"), list(bad_rows()))
 def test_a_bad_row_names_its_line_and_leaves_the_others(tmp_path, bad, says, array):
     good = json.dumps(row(0)).encode()
     if array:
@@ -215,6 +215,19 @@ def test_what_stands_between_rows(tmp_path, text, says):
     with pytest.raises(DataError) as caught:
         store[bad]
     assert says in str(caught.value)
+
+
+def test_another_file_of_the_same_name_changes_nothing(file, tmp_path):
+    store = open_store(file)
+    write(tmp_path / "new.jsonl", [row(9)]).replace(file)
+    assert [s.id for s in store] == list("01234")
+
+
+def test_a_copy_needs_the_file(file):
+    data = pickle.dumps(open_store(file))
+    file.unlink()
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        pickle.loads(data)
 
 
 def test_a_file_that_shrinks(file):
