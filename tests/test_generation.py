@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import av_llava
 from av_llava import generation
 from av_llava.demo_model import tiny_tokenizer
 from av_llava.generation import StopTexts, without_stops
@@ -28,7 +30,9 @@ def test_nothing_is_held_back_without_stops():
     assert list(without_stops(iter(["a", "b"]), [])) == ["a", "b"]
 
 
-def test_criteria_are_made_once_for_each_set_of_stop_texts(monkeypatch):
+@pytest.fixture
+def made(monkeypatch):
+    """The sets of texts that criteria are made for."""
     made = []
 
     class Counted(generation.StopStringCriteria):
@@ -37,6 +41,22 @@ def test_criteria_are_made_once_for_each_set_of_stop_texts(monkeypatch):
             super().__init__(tokenizer, stop_strings)
 
     monkeypatch.setattr(generation, "StopStringCriteria", Counted)
+    return made
+
+
+def test_asking_again_and_again_reads_the_vocabulary_once(made):
+    m = av_llava.load(device="cpu")
+    free = m.ask(None, "Tell me", max_new_tokens=12)
+    assert made == []  # the template's stop text is the end token
+    stop = free.text[3:5]
+    answers = [m.ask(None, "Tell me", max_new_tokens=12, stop=[stop]) for _ in range(3)]
+    stream = m.stream(None, "Tell me", max_new_tokens=12, stop=[stop])
+    assert "".join(stream).strip() == answers[0].text == free.text[: free.text.index(stop)].strip()
+    assert len(made) == 1 and stop in made[0]
+    assert answers[0].usage.completion_tokens < free.usage.completion_tokens
+
+
+def test_criteria_are_made_once_for_each_set_of_stop_texts(made):
     tokenizer, texts = tiny_tokenizer(), StopTexts()
     first = texts.criteria(tokenizer, ["ball", "bell", "ball"], ())
     assert texts.criteria(tokenizer, ["ball", "bell"], ()) == first and len(first) == 1
