@@ -27,6 +27,7 @@ from av_llava.checkpoints.quantize import quantized_layers
 from av_llava.errors import UsageError, unknown_name
 from av_llava.modeling import AVLlavaForConditionalGeneration
 from av_llava.training.settings import ENCODERS, PARTS, LoraSettings, TrainableSettings
+from av_llava.training.token_rows import make_lean
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +252,7 @@ def _attach(
         base_model_name_or_path=model.name_or_path or None,
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    make_lean(model)
     model._hf_peft_config_loaded = True  # as transformers marks a model that has an adapter
 
 

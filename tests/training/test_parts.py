@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from tiny import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_data import dataset_of, make_media, some_samples
 
 from av_llava.errors import UsageError
@@ -17,6 +19,7 @@ from av_llava.training.parts import (
     plain_name,
 )
 from av_llava.training.settings import PARTS, LoraSettings, PartSettings, TrainableSettings
+from av_llava.training.token_rows import LeanTokenRows
 
 
 def spec(**parts: str) -> TrainableSettings:
@@ -88,6 +91,44 @@ def test_only_the_rows_of_the_audio_tokens_change(media) -> None:
     now = model.get_input_embeddings()(every)
     changed = (now != table).any(1).nonzero()[:, 0].tolist()
     assert changed == sorted(ids)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])  # gemma scales what it looks up
+def test_rows_are_looked_up_as_peft_does_without_its_copy(kind: str) -> None:
+    model, _ = tiny(kind)
+    apply_trainable(model, spec(audio_token_rows="full"))
+    table = model.get_input_embeddings()
+    layer = table.token_adapter
+    assert type(layer) is LeanTokenRows
+    with torch.no_grad():
+        layer.trainable_tokens_delta["default"].normal_()
+    ids = torch.tensor([[5, *model.config.au_token_ids, 7], [*model.config.au_token_ids, 1, 2]])
+    results = []
+    for forward in (TrainableTokensLayer.forward, LeanTokenRows.forward):
+        layer.zero_grad()
+        with _Shapes() as made:
+            out = forward(layer, ids)
+            out.pow(2).sum().backward()
+        rows = layer.trainable_tokens_delta["default"].grad.clone()
+        results.append((out.detach(), rows, tuple(layer.base_layer.weight.shape) in made.shapes))
+    (out, rows, copied), (lean, lean_rows, lean_copied) = results
+    assert torch.equal(out, lean)
+    torch.testing.assert_close(rows, lean_rows)
+    assert copied and not lean_copied
+
+
+class _Shapes(TorchDispatchMode):
+    """Shapes of all tensors that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and "detach" not in str(func):
+            self.shapes.add(tuple(out.shape))
+        return out
 
 
 def test_last_layers_are_the_last_ones() -> None:
