@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import av_llava
 from av_llava import generation
-from av_llava.demo_model import tiny_tokenizer
+from av_llava.demo_model import build_tiny, tiny_tokenizer
 from av_llava.generation import StopTexts, without_stops
+from av_llava.inference import AVLlava
 
 
 @given(
@@ -45,7 +45,7 @@ def made(monkeypatch):
 
 
 def test_asking_again_and_again_reads_the_vocabulary_once(made):
-    m = av_llava.load(device="cpu")
+    m = AVLlava(*build_tiny())
     free = m.ask(None, "Tell me", max_new_tokens=12)
     assert made == []  # the template's stop text is the end token
     stop = free.text[3:5]
