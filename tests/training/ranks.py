@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-sys.path[:0] = [str(Path(__file__).parents[n]) for n in (1, 2)]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny import tiny
 from training_data import dataset_of, sample

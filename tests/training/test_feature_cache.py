@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from train_runs import make_base, make_data, recipe, trainer_of
 from training_data import dataset_of, make_media, sample
 
+import av_llava.encoding as encoding
 import av_llava.media_inputs as media_inputs
 import av_llava.sound_inputs as sound_inputs
 from av_llava.aggregators import build
@@ -176,6 +177,19 @@ def _metadata(path):
 
     with safe_open(path, "pt") as file:
         return file.metadata()
+
+
+def test_sharded_towers_run_once_even_where_all_is_known(media, tmp_path, monkeypatch):
+    """Other ranks may know less: every rank makes the same calls."""
+    model, processor = frozen("llava_next_video")
+    data = cached(media, model, processor, tmp_path)
+    loss, _, _ = step(model, data.__getitems__(range(6)))
+    monkeypatch.setattr(encoding, "is_sharded", lambda module: True)
+    for rows in (range(6), [4], [0, 2]):
+        found, _, ran = step(model, data.__getitems__(rows))
+        assert ran == [("vision", 1), ("audio", 1)]
+        if len(rows) == 6:
+            assert torch.equal(found, loss)
 
 
 # ---------------------------------------------------------------- never stale
