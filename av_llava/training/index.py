@@ -112,7 +112,9 @@ def build_index(
         raise UsageError("A sound given as an array cannot be used for an index; name a file.")
     measurer = Measurer(store, processor, options)
     index = _empty(len(store))
-    kept = None if file is None else IndexFile(Path(file), measurer.key(), len(store))
+    kept = None
+    if file is not None:
+        kept = IndexFile(Path(file), measurer.key(), len(store), writes=retry_errors)
     try:
         done = 0
         missing = []

@@ -3,7 +3,8 @@
 Contract: one line of JSON for each chunk of rows, appended when the chunk is done, after a first
 line that says what the lengths depend on. A kill at any moment leaves a file that is good up to its
 last whole line. A chunk is taken from the file only if the media it was made from are unchanged.
-One process at a time writes the file; a file that is no index is never touched.
+One process at a time writes the file; any number may read one that is whole. A file that is no
+index is never touched.
 """
 
 from __future__ import annotations
@@ -91,13 +92,17 @@ class IndexFile:
         path: is made if it does not exist; one for other data or options is begun anew.
         key: what the lengths depend on.
         n_rows: of the store.
+        writes: whether more will be written even if nothing is missing.
 
     Raises:
         UsageError: it cannot be written, is no index, or another process is writing it.
     """
 
-    def __init__(self, path: Path, key: dict[str, str], n_rows: int) -> None:
+    def __init__(
+        self, path: Path, key: dict[str, str], n_rows: int, *, writes: bool = False
+    ) -> None:
         self.path = path
+        self._good: dict[int, Measured] = {}
         self._head = {"schema": SCHEMA, "rows": n_rows, **key}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +110,11 @@ class IndexFile:
         except OSError as error:
             raise UsageError(f"The index {path} cannot be written: {error.strerror}.") from error
         try:
-            self._lock()
+            self._lock("LOCK_SH")
             self._read()
+            if writes or len(self._good) < -(-n_rows // CHUNK_ROWS):
+                self._lock("LOCK_EX")
+                self._begin(self._read())  # again: another one may have written meanwhile
         except BaseException:
             os.close(self._fd)
             raise
@@ -127,19 +135,20 @@ class IndexFile:
         """Let another process have it."""
         os.close(self._fd)
 
-    def _lock(self) -> None:
+    def _lock(self, kind: str) -> None:
+        """Lock the file for reading (LOCK_SH) or writing (LOCK_EX)."""
         if fcntl is None:
             return
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, getattr(fcntl, kind) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(f"The index {self.path} is being written by another run.") from error
         except OSError:
             return  # a file system without locks, as some network mounts are
 
-    def _read(self) -> None:
-        """Read what there is; an unfinished last line is taken out."""
-        self._good: dict[int, Measured] = {}
+    def _read(self) -> int:
+        """Read what there is; returns after how many bytes it is no longer good."""
+        self._good.clear()
         with os.fdopen(os.dup(self._fd), "rb") as handle:
             handle.seek(0)
             first = handle.readline(_LONGEST_HEAD)
@@ -149,8 +158,14 @@ class IndexFile:
                     whole = self._keep(lines, pool)
                     good += sum(len(line) for line in lines[:whole])
                     if whole < len(lines):
-                        logger.warning("%s: what follows byte %d was cut off", self.path, good)
                         break
+        return good
+
+    def _begin(self, good: int) -> None:
+        """Get ready to write: take out what an interrupted run left unfinished."""
+        damaged = os.fstat(self._fd).st_size - good
+        if good and damaged:
+            logger.warning("%s: %d bytes after a damaged line were cut off", self.path, damaged)
         os.ftruncate(self._fd, good)
         os.lseek(self._fd, 0, os.SEEK_END)
         if good == 0:

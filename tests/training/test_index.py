@@ -24,7 +24,7 @@ from av_llava.inspection import light_processor
 from av_llava.settings import IGNORE_INDEX
 from av_llava.training import index as index_module
 from av_llava.training.index import Measurer, build_index, modality_name
-from av_llava.training.index_file import CHUNK_ROWS
+from av_llava.training.index_file import CHUNK_ROWS, IndexFile
 from av_llava.training.store import open_store
 
 torch.set_num_threads(1)
@@ -327,6 +327,22 @@ def test_one_writer_at_a_time(folder, processor):
 
     assert len(build_index(store, processor, file=file, progress=progress)) == len(ROWS)
     assert len(build_index(store, processor, file=file)) == len(ROWS)
+
+
+def test_any_number_of_readers(folder, processor):
+    """All ranks of a run read the index that the first has written, at the same time."""
+    store = write(folder, ROWS)
+    file = folder / "train.index"
+    lengths = build_index(store, processor, file=file).lengths
+    key = Measurer(store, processor, processor.media_options()).key()
+    readers = [IndexFile(file, key, len(store)) for _ in range(3)]
+    assert np.array_equal(build_index(store, processor, file=file).lengths, lengths)
+    with pytest.raises(UsageError, match="being written by another run"):
+        build_index(store, processor, file=file, retry_errors=True)
+    for reader in readers:
+        assert reader.take(0) is not None
+        reader.close()
+    assert len(build_index(store, processor, file=file, retry_errors=True)) == len(store)
 
 
 def test_a_folder_that_cannot_be_written(folder, processor):
