@@ -157,6 +157,8 @@ def _train(
     if main:
         _begin(folder, settings, checkpoint, hooks)
     prepared = prepare(settings, args, folder, hooks)
+    if checkpoint is not None:
+        _same_data(folder, prepared)
     trainer = make_trainer(prepared, folder, hooks)
     if main:
         folder.update_record(**_account(prepared))
@@ -238,6 +240,16 @@ def _same_recipe(before: TrainSettings, now: TrainSettings, folder: RunFolder) -
             f"{new.get(key)!r}{f' (and {len(differing) - 1} more differ)' if differing[1:] else ''}"
             f". Resume it with its own recipe ({folder.recipe}), or start another run from its "
             f"last checkpoint (model.path=...)."
+        )
+
+
+def _same_data(folder: RunFolder, prepared: Prepared) -> None:
+    before, now = folder.record().get("data", {}).get("digest"), prepared.store.digest()
+    if before is not None and before != now:
+        raise DataError(
+            f"The data ({', '.join(prepared.store.sources)}) are not those that the run in "
+            f"{folder.path} was begun with: their digest is {now[:12]}, not {before[:12]}. Resume "
+            f"with the same data, or start another run from its last checkpoint (model.path=...)."
         )
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -337,3 +338,10 @@ def sync(folder: Path) -> None:
 def _start_worker(_: int) -> None:
     """Leave Ctrl-C to the process that trains, which then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _unless_hung_up
+
+
+def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Say nothing when the process that trains has gone while a tensor was handed over."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)

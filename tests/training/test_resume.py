@@ -213,6 +213,19 @@ def test_other_data_cannot_resume(place: Path, tmp_path: Path) -> None:
         train(settings, resume=True)
 
 
+def test_data_of_the_same_lengths_but_other_words_are_noticed(place, tmp_path) -> None:
+    output, file = tmp_path / "out", make_data(tmp_path, 4)
+    settings = recipe(
+        place / "base", file, output,
+        training={"max_steps": 2, "save_strategy": "steps", "save_steps": 1},
+    )  # fmt: skip
+    train(settings)
+    (output / "final").rename(tmp_path / "moved")  # as if it had not come to an end
+    file.write_text(file.read_text().replace("Answer 1.", "Answer 7."))
+    with pytest.raises(DataError, match="are not those that the run"):
+        train(settings, resume=True)
+
+
 def test_settings_that_no_step_depends_on_may_change(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     data = interrupted(place, output, 8)
