@@ -153,7 +153,7 @@ def _message(turn: str | Message | Mapping[str, Any], index: int) -> Message:
         if key not in turn:
             raise UsageError(f"Turn {index} has no {key!r}; every turn needs {keys[0]!r} and it.")
     role, content = turn[keys[0]], turn[keys[1]]
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise unknown_name("role", role, ROLES)
     if isinstance(content, str):
         return Message(ROLES[role], (TextPart(content),))

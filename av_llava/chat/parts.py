@@ -114,6 +114,8 @@ def read_part(part: Any) -> Part:
         raise UsageError(f"A content part is a {type(part).__name__}, not a mapping or a string.")
     part = {k: v for k, v in part.items() if v is not None}
     kind = part.pop("type", None)
+    if not isinstance(kind, str):
+        raise unknown_name("type of content part", kind, [*PART_READERS, *MEDIA_TOKENS])
     if kind in MEDIA_TOKENS:  # also kinds that were registered from outside
         return _media_part(kind, part)
     if kind not in PART_READERS:

@@ -80,7 +80,7 @@ def stamp(path: str) -> Stamp:
         return [0, 0]
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # no such file, or a name that no file can have
         return None
     return [found.st_size, found.st_mtime_ns]
 

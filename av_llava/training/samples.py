@@ -124,6 +124,7 @@ class Sample:
         if not isinstance(meta, Mapping):
             raise DataError(f"'meta' must be an object, not {meta!r}.")
         messages = tuple(_message(turn, i) for i, turn in enumerate(turns))
+        check_sources(messages)
         return cls(
             id=row.get("id", id),
             messages=messages,
@@ -149,6 +150,13 @@ def part_options(part: MediaPart) -> dict[str, Any]:
         "audio": part.audio,
     }
     return {k: v for k, v in options.items() if v is not None}
+
+
+def check_sources(messages: Sequence[Message]) -> None:
+    """Raise DataError for a medium of a row that is neither a path nor bytes."""
+    for part in (part for message in messages for part in message.media):
+        if not isinstance(part.source, (str, bytes)) or not part.source:
+            raise DataError(f"The path of a {part.kind} must be a text, not {part.source!r}.")
 
 
 def _check_parts(parts: Sequence[Part]) -> None:

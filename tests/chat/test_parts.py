@@ -75,6 +75,7 @@ def test_spelling(part, expected):
         ({"text": "hi"}, "type of content part None"),
         ({"type": "movie", "movie": "x"}, "Unknown type of content part 'movie'"),
         ({"type": "text"}, "needs a string"),
+        ({"type": ["text"]}, "type of content part"),
         ({"type": "text", "text": "x", "colour": 1}, "'colour'"),
         ({"type": "video", "vidoe": "a.mp4"}, "Did you mean 'video'"),
         ({"type": "video", "video": "a", "url": "b"}, "video and url"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_strategies import TEXT, samples
 
@@ -21,7 +22,7 @@ from av_llava.training.readers import (
     renamed,
 )
 from av_llava.training.readers.common import PlaceholderError
-from av_llava.training.samples import SCHEMA
+from av_llava.training.samples import SCHEMA, Sample
 from av_llava.training.writers import to_llava, to_normal
 
 
@@ -412,3 +413,44 @@ def test_rows_that_cannot_be_read(row, says):
     format = row.pop("_format", None)
     with pytest.raises((DataError, UsageError), match=says):
         read(row, format)
+
+
+WORDS = st.sampled_from(
+    ["human", "gpt", "user", "assistant", "system", "text", "video", "image", "<image>", "a.mp4", "",
+     "reject_gpt", SCHEMA]
+)  # fmt: skip
+KEYS = st.sampled_from(
+    ["path", "type", "text", "start", "audio", "from", "value", "role", "content", "loss", "video",
+     "image", "images", "label", "history", "use_audio", "weight", "id", "system", "url"]
+)  # fmt: skip
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats(allow_nan=True) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@st.composite
+def damaged(draw, value):
+    """A row with something else at one place of it."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 9)):
+        key = draw(st.sampled_from(list(value)) | KEYS)
+        return {**value, key: draw(damaged(value.get(key)))}
+    if isinstance(value, list) and value and draw(st.integers(0, 9)):
+        at = draw(st.integers(0, len(value) - 1))
+        return [*value[:at], draw(damaged(value[at])), *value[at + 1 :]]
+    return draw(ANY)
+
+
+@settings(max_examples=500)
+@given(st.sampled_from(list(SAME)), st.data())
+def test_any_row_is_read_or_refused_in_words(name, data):
+    """Whatever stands in a row, no other exception comes of it."""
+    row = SAME[name]
+    for _ in range(data.draw(st.integers(1, 3))):
+        row = data.draw(damaged(row))
+    if isinstance(row, dict):
+        with contextlib.suppress(DataError, UsageError):
+            sample = read(row, name.split(",")[0]).sample
+            assert all(isinstance(p.source, (str, bytes)) for p in sample.media)
+            assert Sample.from_row(sample.to_row()) == sample

@@ -134,6 +134,8 @@ def _read_query(row: Row, context: RowContext) -> Reading:
 def say_history(draft: Draft) -> None:
     """Add earlier turns that stand as pairs under ``history``."""
     history = draft.take("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"'history' must hold pairs of a question and an answer, not {history!r}.")
     for pair in history:
         if not isinstance(pair, list) or [type(x) for x in pair] != [str, str]:
             raise DataError(f"'history' must hold pairs of a question and an answer, not {pair!r}.")

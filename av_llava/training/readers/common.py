@@ -19,7 +19,7 @@ from av_llava.chat.messages import ROLES
 from av_llava.chat.parts import placeholder_kind, placeholder_pattern, read_audio_mode
 from av_llava.errors import DataError, UsageError
 from av_llava.training.media_roots import MediaRoots
-from av_llava.training.samples import Sample
+from av_llava.training.samples import Sample, check_sources
 
 Row = dict[str, Any]
 
@@ -176,13 +176,13 @@ class Draft:
         self, index: int, turn: dict[str, Any], keys: tuple[str, str], roles: Mapping[str, str]
     ) -> None:
         role, content = turn.pop(keys[0]), turn.pop(keys[1], None)
-        if role in PREFERENCE_ROLES:
+        if isinstance(role, str) and role in PREFERENCE_ROLES:
             self.meta.setdefault("preference_turns", []).append(
                 {"at": index, keys[0]: role, keys[1]: content, **turn}
             )
             self.notes.append(Note("preference turns", f"turns from {role!r} are not learned"))
             return
-        if role not in roles:
+        if not isinstance(role, str) or role not in roles:
             known = ", ".join(sorted(roles))
             raise DataError(f"Turn {index} has the unknown role {role!r}. Known: {known}.")
         if not isinstance(content, (str, list)):
@@ -202,7 +202,7 @@ class Draft:
         used = [key for key in SOUND_KEYS if self.row.get(key) is not None]
         if len(used) > 1:
             raise DataError(f"The row has {' and '.join(used)}; give one of them.")
-        if used:
+        if used and found["video"]:  # otherwise it says nothing, and is kept in meta
             mode = read_audio_mode(self.row.pop(used[0]))
             found["video"] = [replace(video, audio=mode) for video in found["video"]]
         if found["video"] and found["audio"] and "audio" not in self._placeholders():
@@ -241,6 +241,8 @@ class Draft:
         """
         self._clean()
         given = self.take(*ID_KEYS)
+        if given is not None and (isinstance(given, bool) or not isinstance(given, (str, int))):
+            raise DataError(f"The id must be a text or a whole number, not {_shown(given)}.")
         identity = str(given) if given not in (None, "") else self.context.default_id
         weight = self.take("weight")
         for key, value in self.row.items():
@@ -248,6 +250,7 @@ class Draft:
             if key not in ABOUT_KEYS:
                 self.notes.append(Note("unknown key", f"{key!r} is not used{_perhaps(key)}"))
         messages = self._messages()
+        check_sources(messages)
         roots = self.context.roots
         flags = [flag is not False for flag in self.answer_flags]
         sample = Sample(
