@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 
 from av_llava.errors import MediaError
@@ -39,6 +40,12 @@ def leave(code: int) -> None:
 
 def refuse(message: str) -> None:
     raise MediaError(message)
+
+
+def run_out(words: str) -> None:
+    if words == "again":
+        raise av.error.BlockingIOError(11, "Resource temporarily unavailable")
+    raise RuntimeError("can't start new thread")
 
 
 def divide(a: int, b: int) -> float:

@@ -294,9 +294,18 @@ def _at_most(memory_bytes: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+def _ran_out(error: BaseException) -> bool:
+    """Whether a call failed for lack of memory, be it that of a new thread's stack."""
+    # numpy and FFmpeg have kinds of MemoryError of their own. Where a thread cannot be started,
+    # FFmpeg gives EAGAIN, and Python a plain RuntimeError; a library that does not fit, an OSError.
+    if isinstance(error, (RuntimeError, OSError)):
+        words = ("start new thread", "failed to map segment", "Cannot allocate memory")
+        return isinstance(error, BlockingIOError) or any(w in str(error) for w in words)
+    return isinstance(error, MemoryError)
+
+
 def _described(error: BaseException) -> tuple[str, str, str, str, str]:
-    # numpy and FFmpeg have kinds of MemoryError of their own.
-    kind = MemoryError if isinstance(error, MemoryError) else type(error)
+    kind = MemoryError if _ran_out(error) else type(error)
     return "error", kind.__module__, kind.__qualname__, str(error), traceback.format_exc()
 
 

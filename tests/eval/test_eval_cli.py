@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from golden_data import golden
 from tiny import tiny
 
 from av_llava.cli import main as cli
+from av_llava.cli.eval_run import progress_line
 from av_llava.inference import AVLlava
 from av_llava_eval.records import RunFolder
+from av_llava_eval.runner import Progress
 
 ROOT = Path(__file__).parents[2]
 OWN_TASK = '''
@@ -184,6 +187,17 @@ def test_what_is_wrong_is_said_without_a_model(
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
+def test_progress_says_rate_failures_and_time_left():
+    progress = Progress(1000, kept=100, started=time.monotonic() - 50)
+    assert progress_line(progress) == "100 of 1,000 answers"
+    progress.done, progress.failures = 100, Counter(missing=2, oom=1)
+    said = progress_line(progress)
+    assert said == "200 of 1,000 answers · 2/s · 3 failed (missing 2, oom 1) · 7 min left"
+    progress.done = 900
+    assert progress_line(progress).startswith("1,000 of 1,000 answers · 18/s")
+    assert "left" not in progress_line(progress)
+
+
 def test_a_deaf_model_is_not_asked_with_sound(bench, eval_, tmp_path, monkeypatch):
     deaf = AVLlava(*tiny(audio=False))
     monkeypatch.setattr("av_llava.cli.engine.load", lambda loading: deaf)
@@ -277,3 +291,30 @@ def test_two_processes_and_two_kills_give_what_one_gives(bench, eval_, tmp_path)
         for arm in found["arms"].values():
             arm.pop("seconds")
     assert scores[0] == scores[1]
+
+
+CHEAP = """
+import json, sys
+from av_llava.cli.main import run
+codes = [run(words) for words in json.loads(sys.argv[1])]
+heavy = [m for m in ("torch", "transformers", "matplotlib", "pyarrow") if m in sys.modules]
+print(json.dumps([codes, heavy]), file=sys.stderr)
+"""
+
+
+def test_commands_without_a_model_import_nothing_heavy(bench, tmp_path):
+    out, lost = str(tmp_path / "run"), str(tmp_path / "nowhere")
+    asked = [
+        ["eval", "--help"],
+        ["eval", "list"],
+        ["eval", "check", "videomme", "--data", lost],
+        ["eval", *words(bench, out, "--audio", "loud")],
+        ["eval", *words(bench, out, "--data", lost)],
+        ["eval", "score", lost],
+        ["eval", "compare", lost],
+    ]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval")])}
+    done = subprocess.run(
+        [sys.executable, "-c", CHEAP, json.dumps(asked)], env=env, capture_output=True, text=True
+    )
+    assert json.loads(done.stderr.splitlines()[-1]) == [[0, 0, 7, 2, 7, 7, 7], []], done.stderr

@@ -67,6 +67,12 @@ def test_memory_beyond_the_limit_is_an_error_of_that_call() -> None:
     assert len(read(300_000_000)) == len(read(None)) == 100_000_000  # the limit was the call's
 
 
+@pytest.mark.parametrize("words", ["no thread", "again"])
+def test_a_thread_that_cannot_be_started_is_memory_that_ran_out(words: str) -> None:
+    with pytest.raises(MediaError, match=r"film\.mp4: decoding ran out of memory"):
+        run_in_worker(media_jobs.run_out, words, timeout_s=30, what="film.mp4")
+
+
 def test_errors_keep_their_type() -> None:
     with pytest.raises(MediaError, match=r"^a damaged film$"):
         run_in_worker(media_jobs.refuse, "a damaged film", timeout_s=30)
