@@ -97,6 +97,7 @@ def words(bench, out, *more):
     return ["run", *map(str, [*own, *fast, *more])]
 
 
+@pytest.mark.slow
 def test_an_experiment_from_the_shell(bench, eval_, tmp_path):
     out = tmp_path / "run"
     code, said, noted = eval_(*words(bench, out, "--audio", "on,off,swap", "--text-only"))

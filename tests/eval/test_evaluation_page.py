@@ -50,6 +50,7 @@ def test_a_task_takes_less_than_sixty_lines():
     assert len(blocks("python")[0].splitlines()) < 60
 
 
+@pytest.mark.slow
 def test_the_commands_about_the_new_task_work(newcomer, capsys):
     (commands,) = blocks("sh")
     for line in commands.splitlines():

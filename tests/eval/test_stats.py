@@ -117,7 +117,8 @@ def test_students_tail_by_integration(df, t):
     a = np.linspace(math.atan(t), math.pi / 2, 200_001)[:-1]
     x = np.tan(a)
     density = front * (1 + x * x / df) ** (-(df + 1) / 2) * (1 + x * x)
-    assert t_tail(t, df) == pytest.approx(np.trapezoid(density, a), abs=1e-5)
+    area = ((density[1:] + density[:-1]) / 2 * np.diff(a)).sum()
+    assert t_tail(t, df) == pytest.approx(area, abs=1e-5)
     if 0 < t < 5:  # beyond, 1 - tail has too few digits
         assert t_quantile(1 - t_tail(t, df), df) == pytest.approx(t, rel=1e-6)
 
