@@ -12,8 +12,9 @@ from training_data import make_media, some_samples
 import av_llava
 from av_llava.demo_model import tiny_random
 from av_llava.training.arguments import training_arguments
+from av_llava.training.prepare import Hooks, Prepared, prepare
 from av_llava.training.recipe import merged, settings_from
-from av_llava.training.run import Hooks, Prepared, make_trainer, prepare
+from av_llava.training.run import make_trainer
 from av_llava.training.run_folder import RunFolder
 from av_llava.training.settings import TrainSettings
 from av_llava.training.trainer import AVTrainer

@@ -87,7 +87,8 @@ def command(
 def _run(settings: Any, check: bool, resume: bool, output: Output) -> dict[str, Any]:
     """One run; returns what there is to tell."""
     from av_llava.training.checking import check_run
-    from av_llava.training.run import Hooks, train
+    from av_llava.training.prepare import Hooks
+    from av_llava.training.run import train
 
     hooks = Hooks(say=output.note, bar=output.shows_progress, progress=_measuring(output))
     if check:

@@ -18,14 +18,8 @@ from av_llava.checkpoints.staging import size
 from av_llava.training.arguments import training_arguments
 from av_llava.training.batching import PlannedBatch, TokenBudgetBatchSampler
 from av_llava.training.estimate import estimate, learned_share, peak_bytes
-from av_llava.training.run import (
-    Hooks,
-    Prepared,
-    make_trainer,
-    memory_named,
-    needed,
-    prepare,
-)
+from av_llava.training.prepare import Hooks, Prepared, prepare
+from av_llava.training.run import make_trainer, memory_named, needed
 from av_llava.training.run_folder import RunFolder
 from av_llava.training.settings import TrainSettings
 

@@ -9,52 +9,38 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments
 
 import av_llava
 from av_llava.checkpoints.staging import new_folder
 from av_llava.errors import BudgetError, DataError, UsageError
-from av_llava.inference import AVLlava, add_audio, load
-from av_llava.media_inputs import MediaOptions
-from av_llava.processor import AVLlavaProcessor
+from av_llava.inference import AVLlava
 from av_llava.training import recipe
 from av_llava.training.arguments import training_arguments
 from av_llava.training.artefacts import Artefacts
 from av_llava.training.bad_media import BadMediaWatch
-from av_llava.training.batching import TokenBudgetBatchSampler
-from av_llava.training.cached_media import CachedMedia
 from av_llava.training.callbacks import FsdpEntryPoints, Progress, RunLog, Say
 from av_llava.training.collate import BatchInfo
-from av_llava.training.dataset import TrainingDataset
 from av_llava.training.estimate import advice, is_out_of_memory
 from av_llava.training.evaluation import Evaluation
-from av_llava.training.feature_cache import GIB, FeatureStore, TowerKeys
-from av_llava.training.index import MODALITY_BITS, LengthIndex, build_index
-from av_llava.training.modality_dropout import ModalityDropout, plan_dropout
-from av_llava.training.packing import check_packing
-from av_llava.training.parts import PartsTable, apply_trainable
+from av_llava.training.prepare import Hooks, Prepared, prepare
 from av_llava.training.preview import CLOSE, OPEN, preview
-from av_llava.training.run_folder import LENGTHS, QUARANTINE, RECIPE, RunFolder
+from av_llava.training.run_folder import QUARANTINE, RECIPE, RunFolder
 from av_llava.training.settings import TrainSettings
-from av_llava.training.store import SampleStore, open_store
 from av_llava.training.trainer import AVTrainer, full_disk_named
 
 logger = logging.getLogger(__name__)
 
-MANY = 5000
-"""Samples from which on several processes measure them."""
 _PACKAGES = (
     "av-llava",
     "torch",
@@ -67,33 +53,6 @@ _PACKAGES = (
     "safetensors",
     "numpy",
 )
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """How a run talks to whoever started it."""
-
-    say: Say = logger.info
-    """Takes lines for people; of the first process only."""
-    bar: bool = False
-    """Show a bar that moves."""
-    progress: Callable[[int, int], None] | None = None
-    """While samples are measured."""
-
-
-@dataclass
-class Prepared:
-    """Everything that a trainer is made of."""
-
-    settings: TrainSettings
-    args: TrainingArguments
-    model: AVLlava
-    table: PartsTable
-    store: SampleStore
-    index: LengthIndex
-    dataset: TrainingDataset
-    sampler: TokenBudgetBatchSampler
-    held_out: TrainingDataset | None = None
 
 
 def train(settings: TrainSettings, *, resume: bool = False, hooks: Hooks | None = None) -> Path:
@@ -267,291 +226,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return av_llava.__version__ if package == "av-llava" else None
-
-
-# ---------------------------------------------------------------- what is trained, and on what
-
-
-def prepare(
-    settings: TrainSettings, args: TrainingArguments, folder: RunFolder, hooks: Hooks
-) -> Prepared:
-    """Load the model, settle what trains, open and measure the data.
-
-    Args:
-        settings: of the run.
-        args: made of them.
-        folder: of the run, for the index.
-        hooks: see the class.
-    """
-    set_seed(settings.seed)
-    data = settings.data
-    store = _opened(settings, args, data.train or "")
-    evaluates = str(settings.training.get("eval_strategy", "no")) != "no" and data.eval
-    held_out = _opened(settings, args, data.eval or "") if evaluates else None
-    model = load_model(settings, args)
-    options = media_options(settings, model)
-    measure = functools.partial(measured, settings, args, model, options, folder, hooks)
-    index = measure(store, data.index, "train.index")
-    table = settle(settings, model)
-    check_rows(store, index)
-    check_modalities(table, index)
-    with first_alone(args):
-        dropout = plan_dropout(
-            data.modality_dropout,
-            store,
-            model.processor,
-            options,
-            index,
-            folder=folder.path / LENGTHS,
-            workers=_measuring_workers(settings, store),
-            progress=hooks.progress,
-        )
-    make = functools.partial(
-        _dataset, settings=settings, processor=model.processor, options=options
-    )
-    if settings.batch.packing:
-        check_packing(model.model)
-    dataset = make(
-        store,
-        index,
-        dropout=dropout,
-        cache=feature_cache(settings, args, model),
-        packing=settings.batch.packing,
-    )
-    sampler = _sampler(dataset, settings, args)
-    other = None
-    if held_out is not None:
-        other = make(held_out, measure(held_out, None, "eval.index"))
-    return Prepared(settings, args, model, table, store, index, dataset, sampler, other)
-
-
-def _sampler(
-    dataset: TrainingDataset, settings: TrainSettings, args: TrainingArguments
-) -> TokenBudgetBatchSampler:
-    """The batches of this process."""
-    batch = settings.batch
-
-    def made(lengths: Any, epochs: int = 1) -> TokenBudgetBatchSampler:
-        return TokenBudgetBatchSampler(
-            lengths,
-            max_tokens=batch.max_tokens,
-            max_samples=batch.max_samples,
-            world_size=args.world_size,
-            rank=args.process_index,
-            seed=settings.seed,
-            shuffle=batch.shuffle,
-            buffer=batch.buffer,
-            accumulation=args.gradient_accumulation_steps,
-            too_long=batch.too_long,
-            epochs=epochs,
-        )
-
-    first = made(dataset.lengths())
-    if dataset.dropout is None:
-        return first
-    epochs = math.ceil(args.num_train_epochs)
-    if args.max_steps > 0:
-        epochs = math.ceil(args.max_steps * args.gradient_accumulation_steps / len(first))
-    return made(dataset.lengths, max(1, epochs))
-
-
-def _opened(settings: TrainSettings, args: TrainingArguments, path: str) -> SampleStore:
-    data = settings.data
-    with first_alone(args):
-        return open_store(path, format=data.format, media_root=data.media_root, seed=settings.seed)
-
-
-def _dataset(
-    store: SampleStore,
-    index: LengthIndex,
-    *,
-    settings: TrainSettings,
-    processor: AVLlavaProcessor,
-    options: MediaOptions,
-    dropout: ModalityDropout | None = None,
-    cache: CachedMedia | None = None,
-    packing: bool = False,
-) -> TrainingDataset:
-    return TrainingDataset(
-        store,
-        processor,
-        options,
-        index,
-        settings.data.bad_media,
-        settings.seed,
-        max_length=settings.data.max_length,
-        too_long=settings.data.too_long,
-        dropout=dropout,
-        cache=cache,
-        packing=packing,
-    )
-
-
-def feature_cache(
-    settings: TrainSettings, args: TrainingArguments, model: AVLlava
-) -> CachedMedia | None:
-    """What keeps the features of frozen towers, if the recipe asks for it.
-
-    Args:
-        settings, args: of the run.
-        model: with its parts settled.
-    """
-    data = settings.data
-    if data.feature_cache is None:
-        return None
-    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else ""
-    folder = Path(data.feature_cache).expanduser()
-    store = FeatureStore(folder, int(data.feature_cache_gib * GIB))
-    return CachedMedia(store, TowerKeys.of(model.model, precision=precision), precision)
-
-
-def load_model(settings: TrainSettings, args: TrainingArguments) -> AVLlava:
-    """Load what training starts from, in the types that it is trained in."""
-    chosen = settings.model
-    sharded = bool(args.fsdp) or args.deepspeed is not None
-    mode = settings.trainable.language_model.train
-    dtype = chosen.dtype
-    if dtype == "auto":
-        small = args.bf16 and not sharded and mode in ("freeze", "lora")
-        dtype = "bfloat16" if small else "float32"
-    merge = chosen.merge
-    if merge is None and chosen.quantize is None:
-        merge = mode != "lora"
-    model = load(
-        chosen.path,
-        device="cpu" if sharded else args.device,
-        dtype=dtype,
-        base=chosen.base,
-        attn_implementation=chosen.attn_implementation,
-        overwrite_config=chosen.config or None,
-        quantize=chosen.quantize,
-        merge=merge,
-    )
-    if chosen.add_audio is not None:
-        given = dict(chosen.add_audio)
-        add_audio(model, given["tower"], given.get("projector"), seed=settings.seed)
-    return model
-
-
-def settle(settings: TrainSettings, model: AVLlava) -> PartsTable:
-    """Make trainable what the recipe declares."""
-    rate = settings.training.get("learning_rate")
-    return apply_trainable(
-        model.model,
-        settings.trainable,
-        settings.lora,
-        learning_rate=None if rate is None else float(rate),
-        weight_decay=float(settings.training.get("weight_decay", 0.0)),
-    )
-
-
-def media_options(settings: TrainSettings, model: AVLlava) -> MediaOptions:
-    """How media are read; the model keeps the sampling that it was trained with."""
-    data = settings.data
-    options = model.processor.media_options(
-        frames=data.frames,
-        fps=data.fps,
-        audio=data.audio,
-        time_instruction=data.time_instruction,
-    )
-    limits = options.limits.replace(max_decode_s=data.max_decode_s)
-    model.processor.config.sampling = options.sampling
-    return MediaOptions(options.sampling, audio=options.audio, limits=limits)
-
-
-def measured(
-    settings: TrainSettings,
-    args: TrainingArguments,
-    model: AVLlava,
-    options: MediaOptions,
-    folder: RunFolder,
-    hooks: Hooks,
-    store: SampleStore,
-    given: str | None,
-    name: str,
-) -> LengthIndex:
-    """The lengths of all samples; the first process measures, the others read its file.
-
-    Args:
-        settings, args, model, options, folder, hooks: of the run.
-        store: the samples.
-        given: file that keeps them, or None for one in the run's folder.
-        name: of that one.
-    """
-    file = Path(given).expanduser() if given else folder.path / LENGTHS / name
-    with first_alone(args):
-        return build_index(
-            store,
-            model.processor,
-            options,
-            file=file,
-            workers=_measuring_workers(settings, store),
-            progress=hooks.progress,
-        )
-
-
-def _measuring_workers(settings: TrainSettings, store: SampleStore) -> int:
-    """Processes that measure samples: starting them takes longer than reading few headers."""
-    return settings.batch.workers if len(store) >= MANY else 0
-
-
-def check_rows(store: SampleStore, index: LengthIndex) -> None:
-    """Refuse rows that are wrong themselves; media that cannot be read are another matter.
-
-    Raises:
-        DataError: a row cannot be read, or nothing of it is learned.
-    """
-    for row in sorted(index.errors):
-        sample = store[row]  # raises for a row that is malformed
-        flags = iter(sample.train_turns or ())
-        answers = [m for m in sample.messages if m.role == "assistant"]
-        if not any(next(flags, True) and m.parts for m in answers):
-            raise DataError(
-                f"{store.where(row)}: nothing of the sample {sample.id!r} is learned: it has no "
-                f"answer of the assistant that is. Give it one, or leave it out."
-            )
-
-
-def check_modalities(table: PartsTable, index: LengthIndex) -> None:
-    """Refuse to train an encoder or projector on data that never uses it.
-
-    Raises:
-        DataError: nothing in the data would train a part.
-    """
-    seen = int(_or(index.modality[index.usable]))
-    wanted = {
-        "vision_tower": MODALITY_BITS["image"] | MODALITY_BITS["video"],
-        "mm_projector": MODALITY_BITS["image"] | MODALITY_BITS["video"],
-        "audio_tower": MODALITY_BITS["audio"],
-        "mm_audio_projector": MODALITY_BITS["audio"],
-    }
-    for name, bits in wanted.items():
-        if table.of(name).n_trained and not seen & bits:
-            what = "sound" if bits == MODALITY_BITS["audio"] else "pictures or videos"
-            raise DataError(
-                f"trainable.{name} trains, but none of the {len(index)} samples has {what} that "
-                f"is used. Freeze it (trainable.{name}=freeze), or add such samples."
-            )
-
-
-def _or(codes: Any) -> int:
-    found = 0
-    for code in set(codes.tolist()):
-        found |= code
-    return found
-
-
-@contextmanager
-def first_alone(args: TrainingArguments) -> Iterator[None]:
-    """Let the first process through alone, then the others."""
-    if args.world_size <= 1:
-        yield
-        return
-    if args.process_index > 0:
-        torch.distributed.barrier()
-    yield
-    if args.process_index == 0:
-        torch.distributed.barrier()
 
 
 # ---------------------------------------------------------------- trainer and result

@@ -17,8 +17,8 @@ from av_llava.training.arguments import training_arguments
 from av_llava.training.checking import check_run
 from av_llava.training.estimate import advice, estimate, is_out_of_memory
 from av_llava.training.parts import apply_trainable
+from av_llava.training.prepare import Hooks
 from av_llava.training.recipe import settings_from
-from av_llava.training.run import Hooks
 
 
 def estimated(tmp_path: Path, tokens: int | None = None, **changes):

@@ -23,8 +23,9 @@ from av_llava.training.callbacks import register_entry_points
 from av_llava.training.collate import BatchInfo
 from av_llava.training.loss import weighted_loss, where_learned
 from av_llava.training.meters import LossWatch, Meters, check_supervised
+from av_llava.training.prepare import Hooks
 from av_llava.training.preview import preview
-from av_llava.training.run import Hooks, train
+from av_llava.training.run import train
 
 
 @pytest.fixture(scope="module")
