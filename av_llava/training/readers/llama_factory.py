@@ -148,7 +148,10 @@ def _entry(file: Path, name: str, entry: Mapping[str, Any]) -> InfoEntry:
         raise DataError(
             f"{where}: {unknown_name('formatting', formatting, ('alpaca', 'sharegpt'))}"
         )
-    tags = entry.get("tags", {})
+    columns, tags = (_names(where, key, entry.get(key, {})) for key in ("columns", "tags"))
+    first = entry.get("num_samples")
+    if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 1):
+        raise DataError(f"{where}: 'num_samples' must be a whole number from 1, not {first!r}.")
     for tag in tags:
         if tag not in _TAGS:
             raise DataError(f"{where}: {unknown_name('tag', tag, _TAGS)}")
@@ -156,7 +159,15 @@ def _entry(file: Path, name: str, entry: Mapping[str, Any]) -> InfoEntry:
         name,
         file.parent / entry["file_name"],
         formatting,
-        dict(entry.get("columns", {})),
-        dict(tags),
-        entry.get("num_samples"),
+        columns,
+        tags,
+        first,
     )
+
+
+def _names(where: str, key: str, value: Any) -> dict[str, str]:
+    """Check that a value maps names to names."""
+    pairs = value.items() if isinstance(value, dict) else [(None, None)]
+    if not all(isinstance(name, str) for pair in pairs for name in pair):
+        raise DataError(f"{where}: {key!r} must map names to names, not {value!r}.")
+    return dict(value)
