@@ -64,14 +64,15 @@ def check_run(settings: TrainSettings, hooks: Hooks) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="av_llava_check_") as name:
         output = Path(name)
         args = training_arguments(once, output)
-        prepared = prepare(once, args, RunFolder(output), hooks)
+        with memory_named(settings):
+            prepared = prepare(once, args, RunFolder(output), hooks)
         figures = _figures(settings, prepared)
         # The sampler of the run has told how many batches there are; one is taken.
         prepared.sampler.__class__ = LargestBatch
         trainer = make_trainer(prepared, RunFolder(output), hooks)
         _tell(figures, prepared, hooks)
         started = time.perf_counter()
-        with memory_named(prepared):
+        with memory_named(settings, figures["longest"]):
             trainer.train()
         figures["step_seconds"] = round(time.perf_counter() - started, 2)
         figures["measured_bytes"] = peak_bytes(args.device)

@@ -115,14 +115,15 @@ def _train(
     checkpoint = folder.last_checkpoint() if resume else None
     if main:
         _begin(folder, settings, checkpoint, hooks)
-    prepared = prepare(settings, args, folder, hooks)
+    with memory_named(settings):
+        prepared = prepare(settings, args, folder, hooks)
     if checkpoint is not None:
         _same_data(folder, prepared)
     trainer = make_trainer(prepared, folder, hooks)
     if main:
         folder.update_record(**_account(prepared))
     started = time.time()
-    with memory_named(prepared):
+    with memory_named(settings, int(prepared.index.lengths.max(initial=0))):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.losses.check()
     _finish(trainer, prepared, folder)
@@ -135,17 +136,21 @@ def _train(
 
 
 @contextmanager
-def memory_named(prepared: Prepared) -> Iterator[None]:
-    """Turn an exhausted memory into a BudgetError that says which setting would fit."""
+def memory_named(settings: TrainSettings, longest: int = 0) -> Iterator[None]:
+    """Turn an exhausted memory into a BudgetError that says which setting would fit.
+
+    Args:
+        settings: of the run.
+        longest: tokens of the longest sample.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         info: BatchInfo | None = getattr(error, "batch_info", None)
-        longest = int(prepared.index.lengths.max(initial=0))
         padded = None if info is None else info.padded
-        raise BudgetError(advice(error, prepared.settings, padded, longest)) from error
+        raise BudgetError(advice(error, settings, padded, longest)) from error
 
 
 def _begin(
