@@ -1,0 +1,63 @@
+"""Scores of held-out answers: the functions and how samples are chosen."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from training_data import sample
+
+from av_llava.chat import Message, TextPart
+from av_llava.errors import UsageError
+from av_llava.training.evaluation import (
+    contains,
+    exact,
+    question_and_answer,
+    scorer_named,
+    spread,
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "is_exact", "is_in"),
+    [
+        ("Red", "red", 1, 1),
+        (" red. ", "Red", 1, 1),
+        ("It is red.", "red", 0, 1),
+        ("It is reddish.", "red", 0, 0),
+        ("two\n beeps", "two beeps", 1, 1),
+        ("", "red", 0, 0),
+    ],
+)
+def test_scorers(answer: str, reference: str, is_exact: float, is_in: float) -> None:
+    assert exact(answer, reference) == is_exact
+    assert contains(answer, reference) == is_in
+
+
+def test_scorers_by_name() -> None:
+    assert scorer_named("exact") is exact
+    assert scorer_named("av_llava.training.evaluation:contains") is contains
+    for name in ("nowhere:score", "av_llava.training.evaluation:nothing"):
+        with pytest.raises(UsageError, match="cannot be imported"):
+            scorer_named(name)
+    with pytest.raises(UsageError, match="cannot be called"):
+        scorer_named("av_llava.training.evaluation:SCORERS")
+
+
+def test_the_last_answer_is_the_reference() -> None:
+    first = sample("a", question="Which?", answer="One.")
+    longer = sample("b")
+    turns = (*first.messages, *longer.messages)
+    both = type(first)("c", turns, "d:1")
+    before, reference = question_and_answer(both)
+    assert reference == "A red ball moves." and before == turns[:3]
+    assert isinstance(before[0], Message) and before[1].parts == (TextPart("One."),)
+
+
+@given(st.integers(1, 500), st.integers(1, 500))
+def test_samples_are_spread_evenly(n: int, k: int) -> None:
+    k = min(n, k)
+    rows = spread(n, k)
+    assert len(set(rows)) == k and rows[0] == 0 and rows[-1] < n
+    gaps = {b - a for a, b in zip(rows, rows[1:], strict=False)}
+    assert len(gaps) <= 2
