@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,5 +61,5 @@ def test_samples_are_spread_evenly(n: int, k: int) -> None:
     k = min(n, k)
     rows = spread(n, k)
     assert len(set(rows)) == k and rows[0] == 0 and rows[-1] < n
-    gaps = {b - a for a, b in zip(rows, rows[1:], strict=False)}
+    gaps = {b - a for a, b in itertools.pairwise(rows)}
     assert len(gaps) <= 2
