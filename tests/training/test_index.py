@@ -19,8 +19,10 @@ from clips import make_clip
 from PIL import ExifTags, Image
 
 import av_llava
+from av_llava.demo_model import tiny_config, tiny_tokenizer
 from av_llava.errors import DataError, UsageError
 from av_llava.inspection import light_processor
+from av_llava.processor import AVLlavaProcessor
 from av_llava.settings import IGNORE_INDEX
 from av_llava.training import index as index_module
 from av_llava.training.index import Measurer, build_index, modality_name
@@ -30,9 +32,14 @@ from av_llava.training.store import open_store
 torch.set_num_threads(1)
 
 
+def tiny_processor():
+    tokenizer = tiny_tokenizer()
+    return AVLlavaProcessor(tokenizer, tiny_config(tokenizer))
+
+
 @pytest.fixture(scope="module")
 def processor():
-    return light_processor(None)
+    return tiny_processor()
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +202,7 @@ def change_options(folder, processor):
 
 
 def change_model(folder, processor):
-    other = light_processor(None)
+    other = tiny_processor()
     other.config.audio = other.config.audio.replace(pool_stride=4)
     return open_store(folder / "train.jsonl"), other, {}
 
@@ -235,10 +242,11 @@ def change_sound(folder):
     make_clip(folder / "sound.wav", seconds=2, video=False)
 
 
-def test_training_uses_what_the_command_measured(folder, processor, monkeypatch):
+def test_training_uses_what_the_command_measured(folder, monkeypatch):
     """Other spellings of the same: weights loaded, patience, sampling kept in the model."""
     store, file = write(folder, ROWS), folder / "train.index"
-    build_index(store, processor, processor.media_options(frames=5), file=file)
+    light = light_processor(None)
+    build_index(store, light, light.media_options(frames=5), file=file)
     other = av_llava.load(device="cpu", dtype="bfloat16").processor
     options = other.media_options(frames=5)
     other.config.sampling = options.sampling
@@ -379,7 +387,8 @@ def test_sound_given_as_an_array_is_refused(folder, processor):
 
 SCRIPT = """
 import sys, json, time, threading, os
-from av_llava.inspection import light_processor
+from av_llava.demo_model import tiny_config, tiny_tokenizer
+from av_llava.processor import AVLlavaProcessor
 from av_llava.training.index import build_index
 from av_llava.training.store import open_store
 if __name__ == "__main__":
@@ -388,7 +397,9 @@ if __name__ == "__main__":
     def progress(done, total):
         print(done, flush=True)
         time.sleep(float(sys.argv[3]))
-    index = build_index(store, light_processor(None), file=folder + "/train.index",
+    tokenizer = tiny_tokenizer()
+    processor = AVLlavaProcessor(tokenizer, tiny_config(tokenizer))
+    index = build_index(store, processor, file=folder + "/train.index",
                         workers=workers, progress=progress)
     print(json.dumps([index.lengths.tolist(), sorted(index.errors)]), flush=True)
 """
@@ -504,7 +515,7 @@ def test_tiles_of_pictures_are_counted_from_headers(folder, size):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", size).save(folder / "turned.jpg", exif=exif)
-    processor = light_processor(None)
+    processor = tiny_processor()
     side = processor.pixels.side
     processor.config.image = processor.config.image.replace(
         aspect_ratio="anyres", grid_pinpoints=[[side, 2 * side], [2 * side, side], [3 * side, side]]
