@@ -13,6 +13,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from av_llava.errors import UsageError
@@ -57,6 +58,8 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
             "training.deepspeed needs the package deepspeed, which does not come with this one: "
             "pip install deepspeed"
         )
+    if not torch.accelerator.is_available():
+        given.setdefault("use_cpu", True)  # else bf16 is refused
     values = {**DEFAULTS, **given, **_FIXED}
     values |= {
         "output_dir": str(output),
