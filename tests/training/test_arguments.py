@@ -24,7 +24,7 @@ def test_a_recipe_for_a_gpu_runs_on_a_processor_alone(tmp_path):
 def test_names_are_checked_and_what_is_fixed_cannot_be_set(tmp_path):
     with pytest.raises(UsageError, match=r"Did you mean 'training\.learning_rate'"):
         arguments(tmp_path, learning_rat=1e-3)
-    with pytest.raises(UsageError, match=r"training\.remove_unused_columns is always False"):
+    with pytest.raises(UsageError, match="set by av_llava"):
         arguments(tmp_path, remove_unused_columns=True)
     with pytest.raises(UsageError, match="refuses the section training"):
         arguments(tmp_path, eval_strategy="sometimes")
