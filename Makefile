@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench gpu-check fmt test-oldest llama-test test-lmms clean
+.PHONY: help setup tiny-model tiny-eval demo test check bench gpu-check fmt test-oldest llama-test test-lmms clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -36,6 +36,18 @@ check: setup  ## Lint, formatting, types, import directions.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+TINY ?= runs/tiny
+tiny-model: setup  ## Train the small model that ships, from nothing (hours on two cores).
+	$(BIN)/python scripts/tiny/build.py $(TINY)/start
+	$(BIN)/python scripts/tiny/pretrain_towers.py $(TINY)/start
+	$(BIN)/python scripts/tiny/make_data.py $(TINY)/data
+	$(BIN)/av-llava train scripts/tiny/recipe.yaml model.path=$(TINY)/start \
+	  data.train=$(TINY)/data/conversations.json output=$(TINY)/run
+	@echo "The model is in $(TINY)/run/whole/final: make tiny-eval MODEL=$(TINY)/run/whole/final"
+
+tiny-eval: setup  ## Held-out accuracy of the small model, whole, muted and blanked.
+	$(BIN)/python scripts/tiny/evaluate.py $(if $(MODEL),--model $(MODEL))
 
 fmt: setup  ## Format, and repair what can be repaired.
 	$(BIN)/ruff check --fix .

@@ -46,7 +46,14 @@ WHERE = (
     "Where is the {shape}{when}, left or right?",
     "Where is the {shape}{when}, up or down?",
 )
-"""Questions that only training asks: whoever can place a thing learns sooner where it goes."""
+WHEN = {
+    "moves": "When does the {shape} move, early or late?",
+    "turns": "When does the {shape} change colour, early or late?",
+    "comes": "When does the {shape} come, early or late?",
+    "sounds": "When is the sound, early or late?",
+}
+"""Questions that only training asks: whoever can place a thing learns sooner where it goes, and
+whoever knows when things happen learns sooner what came first."""
 
 
 def world_texts() -> list[str]:
@@ -60,9 +67,9 @@ def world_texts() -> list[str]:
         "when": (" at the start", " at the end", ""),
         "a_sound": (*(f"a {s}" for s in SOUNDS), "a beep"),
     }
-    texts = ["system", "user", "assistant", "Answer the questions."]
+    texts = ["system", "user", "assistant", "Answer the questions.", "early", "late"]
     for kind in KINDS.values():
-        for wording in (*kind.phrasings, *WHERE):
+        for wording in (*kind.phrasings, *WHERE, *WHEN.values()):
             longest = max(map(len, blanks.values()))
             texts += [
                 wording.format(**{name: words[i % len(words)] for name, words in blanks.items()})

@@ -4,7 +4,8 @@ python scripts/tiny/make_data.py OUT [--clips N] [--seed S] [--workers W]
 
 Contract: clips are those of `av-llava data synth`. A conversation holds the world's own questions
 about a clip, and lessons that are never tested: more questions about looks, the way of each thing
-that moves, and on which side things are, at the start and at the end.
+that moves, on which side things are at the start and at the end, and whether something happens
+early or late.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from build import WHERE
+from build import WHEN, WHERE
 
 from av_llava.training.world import KINDS, Scene, sample_scene, synthesize
 from av_llava.training.world.parts import DIRECTIONS, Thing
@@ -27,9 +28,11 @@ LONGEST = 4
 """Questions of a conversation."""
 CLEAR = 0.12
 """How far from the middle a thing is that is called left, right, up or down."""
+CLEAR_S = 0.25
+"""How far from the middle of the clip what happens is that is called early or late."""
 WEIGHTS = {
     **dict.fromkeys(("direction", "mover", "first", "order"), 4.0),
-    "count": 2.0,
+    **dict.fromkeys(("when", "count"), 2.0),
     "beeps": 1.5,
     **dict.fromkeys(("colour", "shape", "sound", "where"), 0.5),
     **dict.fromkeys(("yes_no_picture", "yes_no_sound"), 0.4),
@@ -60,6 +63,26 @@ def where(scene: Scene, thing: Thing, rng: np.random.Generator) -> list[Lesson]:
     return [found[i] for i in rng.permutation(len(found))[:2]]
 
 
+def when(scene: Scene) -> list[Lesson]:
+    """Whether what happens is early or late, where that is clear."""
+    times: list[tuple[str, float]] = []
+    for thing in scene.things:
+        if thing.motion and scene.plot == "turns":
+            middle = (thing.motion.start_s + thing.motion.end_s) / 2
+            times.append((WHEN["moves"].format(shape=thing.shape), middle))
+        if thing.turn:
+            times.append((WHEN["turns"].format(shape=thing.shape), thing.turn.time_s))
+        if thing.appears_s > 0:
+            times.append((WHEN["comes"].format(shape=thing.shape), thing.appears_s))
+    times += [(WHEN["sounds"], (s.onset_s + s.end_s) / 2) for s in scene.sounds]
+    middle = scene.duration_s / 2
+    return [
+        ("when", question, "early" if time_s < middle else "late")
+        for question, time_s in times
+        if abs(time_s - middle) > CLEAR_S
+    ]
+
+
 def lessons(scene: Scene, rng: np.random.Generator) -> list[Lesson]:
     """The questions of one conversation, in random order, no two alike."""
     asked = [(q.kind, q.question, q.answer) for q in all_questions(scene, rng)]
@@ -69,6 +92,7 @@ def lessons(scene: Scene, rng: np.random.Generator) -> list[Lesson]:
             wordings = KINDS["direction"].wordings["named"]
             words = wordings[int(rng.integers(len(wordings)))].format(shape=thing.shape)
             asked.append(("direction", words, thing.motion.direction))
+    asked += when(scene)
     weights = np.array([WEIGHTS.get(kind, 1.0) for kind, _, _ in asked])
     n = min(LONGEST, len(asked))
     chosen = rng.choice(len(asked), n, replace=False, p=weights / weights.sum())
