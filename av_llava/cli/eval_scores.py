@@ -79,6 +79,10 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
         for metric, value in (arm.get("compat") or {}).items():
             if isinstance(value, float) and metric != "headline":
                 yield f"  {''.ljust(width)}  {arm['compat']['rule']}: {metric} {value:.5g}"
+    from av_llava_eval.scoring import few_videos
+
+    if few := few_videos(found):
+        yield f"  {few}"
     if found["chance"] is not None:
         yield f"  guessing gives {100 * found['chance']:.1f}"
     if found["bad_rows"]:

@@ -2,9 +2,9 @@
 
 Contract: only questions that both were asked are compared, and how many are not is said. The
 difference is that of the means over questions, whatever the task's headline. A failure and an
-answer that cannot be read are wrong on either side. The interval and the p-value of the bootstrap
-respect that questions about one video belong together; McNemar's test does not, and is given for
-scores of 0 and 1 only.
+answer that cannot be read are wrong on either side. The interval (paired bootstrap) and the p-value
+(both sides of a video exchanged) respect that questions about one video belong together; McNemar's
+test does not, and is given for scores of 0 and 1 only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def compare(
         "headlines": [headline([pair[i] for pair in pairs], task.headline) for i in (0, 1)],
         **_difference(diff, groups),
         "stderr": None if np.isnan(stderr) else stderr,
-        "detectable": None if np.isnan(stderr) else stats.detectable_difference(stderr),
+        "detectable": stats.detectable_difference(stderr) if stderr > 0 else None,
         "table": _two_by_two(a, b),
         "failed": [sum(p[i]["status"] != OK for p in pairs) for i in (0, 1)],
         "groups": {field: _groups(pairs, field) for field in task.groupings},
@@ -114,7 +114,7 @@ def _common(first: Sequence[Record], second: Sequence[Record]) -> bool:
 
 
 def _difference(diff: np.ndarray, groups: Sequence[str]) -> dict[str, Any]:
-    """Mean difference with its interval and p-value, by resampling videos."""
+    """Mean difference, its interval by resampling videos, its p-value by exchanging their sides."""
     index, n_clusters = stats.cluster_index(groups)
     mean = float(diff.mean())
     if n_clusters < 2:
@@ -123,12 +123,10 @@ def _difference(diff: np.ndarray, groups: Sequence[str]) -> dict[str, Any]:
     counts = np.bincount(index, minlength=n_clusters)[:, None].astype(float)
     draws = stats.bootstrap_means(sums, counts)[:, 0]
     interval = stats.percentile_interval(draws, method="paired cluster bootstrap")
-    # Draws around zero: how often is chance as far away as what was found? Never reported as 0.
-    far = int((np.abs(draws - mean) >= abs(mean) - 1e-12).sum())
     return {
         "difference": mean,
         "interval": None if interval is None else interval.to_dict(),
-        "p_value": (far + 1) / (len(draws) + 1),
+        "p_value": stats.flip_p_value(diff, groups),  # type: ignore[arg-type]
     }
 
 

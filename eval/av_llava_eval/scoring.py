@@ -135,6 +135,21 @@ def summarise(scored: Scored, compat: str | None = None) -> dict[str, Any]:
     return out
 
 
+def few_videos(found: Mapping[str, Any]) -> str | None:
+    """A sentence about scores that stand on few videos; None where there are enough.
+
+    Args:
+        found: as :func:`summarise` gives it.
+    """
+    fewest = min((arm["videos"] for arm in found["arms"].values() if arm["n"]), default=None)
+    if fewest is None or fewest >= stats.FEW_CLUSTERS:
+        return None
+    return (
+        f"Only {fewest} videos: too few to resample, so that intervals of scores are Wilson's, and "
+        f"those of differences are too narrow."
+    )
+
+
 def _chance(task: Task, samples: Sequence[Sample]) -> float | None:
     """What guessing gives on average; None where some sample has no such number."""
     found = [task.chance(s) for s in samples if s.answer is not None]
@@ -200,7 +215,7 @@ class _Table:
             return None
         field = self.task.headline.partition(":")[2]
         if not field:
-            return _dict(stats.percentile_interval(self.draws[:, 0]))
+            return _dict(self._interval(0))
         own = self.draws[:, [c for (name, _), c in self.columns.items() if name == field]]
         drawn = ~np.isnan(own)
         average = np.where(drawn, own, 0.0).sum(1) / np.maximum(drawn.sum(1), 1)
@@ -213,18 +228,17 @@ class _Table:
             if name != field:
                 continue
             total, n = self.sums[:, column].sum(), int(self.counts[:, column].sum())
-            many = self.draws is not None and (self.counts[:, column] > 0).sum() >= _FEW
-            draws = None if self.draws is None or not many else self.draws[:, column]
-            interval = (
-                stats.wilson(min(total, n), n)
-                if draws is None
-                else stats.percentile_interval(draws)
-            )
-            out[value] = {"score": float(total / n), "n": n, "interval": _dict(interval)}
+            interval = _dict(self._interval(column))
+            out[value] = {"score": float(total / n), "n": n, "interval": interval}
         return out
 
-
-_FEW = 20  # videos, below which resampling them says less than Wilson's formula
+    def _interval(self, column: int) -> stats.Interval | None:
+        """By resampling videos; with few of them Wilson's."""
+        many = (self.counts[:, column] > 0).sum() >= stats.FEW_CLUSTERS
+        if self.draws is not None and many:
+            return stats.percentile_interval(self.draws[:, column])
+        n = int(self.counts[:, column].sum())
+        return stats.wilson(min(self.sums[:, column].sum(), n), n)
 
 
 def _dict(interval: stats.Interval | None) -> dict[str, Any] | None:

@@ -184,6 +184,28 @@ def test_answers_to_other_questions_are_not_scored(folder, tmp_path):
         score_folder(tmp_path, task=TOY)
 
 
+def test_few_videos_have_honest_intervals_and_are_told(tmp_path):
+    """Resampling videos that are all wrong would say that the score is exactly zero."""
+    run(TOY, write_toy(tmp_path / "data", toy_rows(5)), tmp_path / "run", StandIn, RunSettings())
+    scored = score_folder(tmp_path / "run", task=TOY)
+    wrong = [{**r, "score": 0.0} for r in scored.arms["main"]]
+    found = summarise(replace(scored, arms={"main": wrong}))
+    assert found["arms"]["main"]["interval"]["method"] == "Wilson"
+    assert 0.15 < found["arms"]["main"]["interval"]["high"] < 0.25
+    assert "Only 5 videos" in "\n".join(lines_of(found))
+    right = [{**r, "score": 1.0} for r in wrong]
+    difference = compare(TOY, wrong, right, ("a", "b"))
+    assert difference["p_value"] == 2 / 2**5, "what five videos can show at most"
+    assert difference["detectable"] is None or difference["detectable"] > 0
+    assert compare(TOY, wrong, wrong, ("a", "b"))["detectable"] is None
+
+
+def test_many_videos_are_resampled(folder):
+    found = summarise(score_folder(folder, task=TOY))
+    assert found["arms"]["audio on"]["interval"]["method"] == "cluster bootstrap"
+    assert "Only" not in "\n".join(lines_of({**found, "comparisons": []}))
+
+
 # -------------------------------------------------------------------- comparing
 
 

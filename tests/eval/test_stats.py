@@ -19,6 +19,7 @@ from av_llava_eval.stats import (
     cluster_bootstrap,
     clustered_stderr,
     detectable_difference,
+    flip_p_value,
     holm,
     mcnemar_exact,
     mean_stderr,
@@ -218,3 +219,36 @@ def test_a_difference_of_the_detectable_size_is_found_as_often_as_said():
     true = detectable_difference(se)
     found = np.random.default_rng(0).normal(true, se, 20_000) / se > 1.959964
     assert found.mean() == pytest.approx(0.8, abs=0.01)
+
+
+# -------------------------------------------------------------------- exchanging sides
+
+
+def flips_by_hand(differences, clusters):
+    """Every way of exchanging the sides of whole clusters, one by one."""
+    names = sorted(set(clusters))
+    found = abs(sum(differences))
+    far = 0
+    for signs in itertools.product((1, -1), repeat=len(names)):
+        sign = dict(zip(names, signs, strict=True))
+        total = sum(sign[c] * d for c, d in zip(clusters, differences, strict=True))
+        far += abs(total) >= found - 1e-9
+    return far / 2 ** len(names)
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from([-1.0, 0.0, 0.5, 1.0])), min_size=1))
+def test_exchanged_sides_are_counted_exactly(pairs):
+    clusters, differences = zip(*pairs, strict=True)
+    expected = flips_by_hand(differences, clusters)
+    assert flip_p_value(differences, clusters) == pytest.approx(expected)
+
+
+def test_two_videos_are_never_significant():
+    assert flip_p_value([-1.0] * 50, ["a"] * 25 + ["b"] * 25) == 0.5
+
+
+def test_drawn_exchanges_agree_with_all_of_them():
+    differences = [1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 0.5, 1.0, -0.5, 1.0, 1.0, -1.0]
+    drawn = flip_p_value(differences, range(14))
+    assert drawn == pytest.approx(flips_by_hand(differences, range(14)), abs=0.015)
+    assert flip_p_value([1.0] * 400, range(400)) == pytest.approx(1 / 10_001)
