@@ -46,6 +46,7 @@ WHERE = (
     "Where is the {shape}{when}, left or right?",
     "Where is the {shape}{when}, up or down?",
 )
+COLOUR_THEN = "What colour is the {shape}{when}?"
 WHEN = {
     "moves": "When does the {shape} move, early or late?",
     "turns": "When does the {shape} change colour, early or late?",
@@ -64,12 +65,12 @@ def world_texts() -> list[str]:
         "one": SHAPES,
         "other": SHAPES,
         "a_thing": (*(f"a {c} shape" for c in COLOURS), "an orange shape", *SHAPES),
-        "when": (" at the start", " at the end", ""),
+        "when": (" at the start", " at the end", " when the sound played", ""),
         "a_sound": (*(f"a {s}" for s in SOUNDS), "a beep"),
     }
     texts = ["system", "user", "assistant", "Answer the questions.", "early", "late"]
     for kind in KINDS.values():
-        for wording in (*kind.phrasings, *WHERE, *WHEN.values()):
+        for wording in (*kind.phrasings, *WHERE, COLOUR_THEN, *WHEN.values()):
             longest = max(map(len, blanks.values()))
             texts += [
                 wording.format(**{name: words[i % len(words)] for name, words in blanks.items()})

@@ -4,8 +4,8 @@ python scripts/tiny/make_data.py OUT [--clips N] [--seed S] [--workers W]
 
 Contract: clips are those of `av-llava data synth`. A conversation holds the world's own questions
 about a clip, and lessons that are never tested: more questions about looks, the way of each thing
-that moves, on which side things are at the start and at the end, and whether something happens
-early or late.
+that moves, on which side things are and what colour they have at the start, at the end and while
+the sound plays, and whether something happens early or late.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from build import WHEN, WHERE
+from build import COLOUR_THEN, WHEN, WHERE
 
 from av_llava.training.world import KINDS, Scene, sample_scene, synthesize
 from av_llava.training.world.parts import DIRECTIONS, Thing
@@ -32,7 +32,7 @@ CLEAR_S = 0.25
 """How far from the middle of the clip what happens is that is called early or late."""
 WEIGHTS = {
     **dict.fromkeys(("direction", "mover", "first", "order"), 4.0),
-    **dict.fromkeys(("when", "count"), 2.0),
+    **dict.fromkeys(("then", "when", "count"), 2.0),
     "beeps": 1.5,
     **dict.fromkeys(("colour", "shape", "sound", "where"), 0.5),
     **dict.fromkeys(("yes_no_picture", "yes_no_sound"), 0.4),
@@ -61,6 +61,36 @@ def where(scene: Scene, thing: Thing, rng: np.random.Generator) -> list[Lesson]:
                 words = WHERE[axis].format(shape=thing.shape, when=when)
                 found.append(("where", words, sides[int(place[axis] > 0.5)]))
     return [found[i] for i in rng.permutation(len(found))[:2]]
+
+
+def then(scene: Scene) -> list[Lesson]:
+    """The colour of what changes it, and the side of what moves, at moments that are clear."""
+    moments = [(" at the start", 0.0), (" at the end", scene.duration_s)]
+    heard = [(" when the sound played", (s.onset_s + s.end_s) / 2) for s in scene.sounds]
+    found: list[Lesson] = []
+    for thing in scene.things:
+        if thing.turn:
+            found += [
+                ("then", COLOUR_THEN.format(shape=thing.shape, when=words), thing.colour_at(time_s))
+                for words, time_s in (*moments, *heard)
+                if abs(time_s - thing.turn.time_s) > CLEAR_S
+            ]
+        if thing.motion and scene.plot == "turns":
+            for words, time_s in heard:
+                found += _side(thing, words, time_s)
+    return found
+
+
+def _side(thing: Thing, words: str, time_s: float) -> list[Lesson]:
+    """On which side of the way that it moves along a moving thing is."""
+    assert thing.motion is not None
+    axis = 0 if DIRECTIONS[thing.motion.direction][0] else 1
+    place = thing.place_at(time_s)[axis]
+    if abs(place - 0.5) <= CLEAR:
+        return []
+    sides = (("left", "right"), ("up", "down"))[axis]
+    question = WHERE[axis].format(shape=thing.shape, when=words)
+    return [("then", question, sides[int(place > 0.5)])]
 
 
 def when(scene: Scene) -> list[Lesson]:
@@ -92,7 +122,7 @@ def lessons(scene: Scene, rng: np.random.Generator) -> list[Lesson]:
             wordings = KINDS["direction"].wordings["named"]
             words = wordings[int(rng.integers(len(wordings)))].format(shape=thing.shape)
             asked.append(("direction", words, thing.motion.direction))
-    asked += when(scene)
+    asked += when(scene) + then(scene)
     weights = np.array([WEIGHTS.get(kind, 1.0) for kind, _, _ in asked])
     n = min(LONGEST, len(asked))
     chosen = rng.choice(len(asked), n, replace=False, p=weights / weights.sum())
