@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -117,9 +118,10 @@ class FsdpEntryPoints(TrainerCallback):
 def register_entry_points(model: Any) -> None:
     """Register all methods of a sharded model that use parameters."""
     for module in (model, getattr(model, "model", None)):
-        for name in ENTRY_POINTS:
-            if isinstance(module, FSDPModule) and hasattr(module, name):
-                register_fsdp_forward_method(module, name)
+        if isinstance(module, nn.Module) and isinstance(module, FSDPModule):
+            for name in ENTRY_POINTS:
+                if hasattr(module, name):
+                    register_fsdp_forward_method(module, name)
 
 
 def _json(value: Any) -> Any:

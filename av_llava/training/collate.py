@@ -33,6 +33,8 @@ class BatchInfo:
     indices: tuple[int, ...]
     """Numbers of the samples, replacements included."""
     epoch: int
+    modalities: tuple[int, ...]
+    """Codes of what each sample holds, after modality dropout (``index.modality_name``)."""
     lengths: tuple[int, ...]
     """Tokens of each sample."""
     padded: int

@@ -345,6 +345,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
             sources=tuple(c.sample.source for c in chosen),
             indices=tuple(c.index for c in chosen),
             epoch=epoch,
+            modalities=self._modalities(chosen, epoch),
             lengths=prepared.media.splice.lengths,
             padded=shape[0] * shape[1],
             supervised=supervised,
@@ -360,6 +361,14 @@ class TrainingDataset(Dataset[dict[str, Any]]):
             seconds=seconds,
             rss_bytes=resident_bytes(),
         )
+
+    def _modalities(self, chosen: Sequence[_Chosen], epoch: int) -> tuple[int, ...]:
+        """Codes of what is left of each sample in an epoch."""
+        rows = np.array([c.index for c in chosen])
+        codes = self.index.modality[rows]
+        if self.dropout is not None:
+            codes = modality_in_form(codes, self.dropout.forms(self.seed, epoch, rows))
+        return tuple(codes.tolist())
 
 
 def _check_weights(chosen: Sequence[_Chosen]) -> None:

@@ -41,6 +41,7 @@ from av_llava.training.optimizer import build_optimizer
 from av_llava.training.parts import PartsTable
 from av_llava.training.run_folder import STATE
 from av_llava.training.settings import BatchSettings
+from av_llava.training.told_apart import KindLosses, part_norms
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,10 @@ class AVTrainer(Trainer):
         evaluate_with: measures on held-out data, if there are any.
         callbacks: of transformers.
     """
+
+    # Of the library, which says nothing of their types.
+    optimizer: Any
+    control: Any
 
     def __init__(
         self,
@@ -98,7 +103,9 @@ class AVTrainer(Trainer):
         self.artefacts, self.bad_media = artefacts, bad_media
         self.evaluate_with = evaluate_with
         self.on_first_batch: Callable[[dict[str, Any], BatchInfo], None] | None = None
-        self.meters = Meters()
+        self.meters, self.kinds = Meters(), KindLosses()
+        self._info: BatchInfo | None = None
+        self._of_step: dict[str, Any] = {}
         self.losses = LossWatch(at_once=args.device.type == "cpu")
         self._n_counted = sum(p.numel() for p in model.parameters())
 
@@ -147,7 +154,7 @@ class AVTrainer(Trainer):
         self.meters.add(info)
         if self.bad_media is not None:
             self.bad_media.update(len(info.ids), info.bad)
-        self._weights = None if set(info.weights) <= {1.0} else info.weights
+        self._info = info
         with self._named_in_errors(info):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.add(loss, info, self.state.global_step + 1)
@@ -156,8 +163,22 @@ class AVTrainer(Trainer):
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Watch the norm, too: one that is no number spoils the weights in this very step."""
         norm = super()._get_grad_norm(*args, **kwargs)
-        self.losses.add_norm(norm, self.state.global_step + 1)
+        step = self.state.global_step + 1
+        self.losses.add_norm(norm, step)
+        if (step == 1 and self.args.logging_first_step) or step % self.state.logging_steps == 0:
+            self._of_step = self._told_by_part(norm)
         return norm
+
+    def _told_by_part(self, norm: Any) -> dict[str, Any]:
+        """Rates and gradient norms of this step's parts, where there are several."""
+        groups = self.optimizer.param_groups
+        rates = {g["name"].removesuffix(" (no decay)"): g["lr"] for g in groups if "name" in g}
+        if len(rates) <= 1:
+            return {}
+        norms = part_norms(self.model, norm, self.args.max_grad_norm)
+        return {f"lr/{part}": rate for part, rate in rates.items()} | {
+            f"grad_norm/{part}": value for part, value in norms.items()
+        }
 
     def compute_loss(
         self,
@@ -168,13 +189,16 @@ class AVTrainer(Trainer):
     ) -> Any:
         """The model's loss; samples with a weight of their own are weighted here."""
         inputs = where_learned({**inputs, "use_cache": False})
-        weights = getattr(self, "_weights", None)
-        if weights is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs)
-        loss = weighted_loss(outputs.logits, inputs["labels"], weights, num_items_in_batch)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
+        labels, info = inputs["labels"], self._info
+        if info is None or set(info.weights) <= {1.0}:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            outputs = model(**inputs)
+            loss = weighted_loss(outputs.logits, labels, info.weights, num_items_in_batch)
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes
+        if info is not None:
+            self.kinds.add(outputs.logits, labels, info, inputs.get("logits_to_keep"))
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -196,18 +220,14 @@ class AVTrainer(Trainer):
         """Add our figures to those of a step."""
         if "loss" in logs:
             self.losses.check()
-            logs |= self.meters.take(self._gathered if self.args.world_size > 1 else None)
-            logs |= self._learning_rates()
+            gather = self._gathered if self.args.world_size > 1 else None
+            logs |= self.meters.take(gather)
+            logs |= self.kinds.take(self.args.device, gather)
+            logs |= {k: v.item() if isinstance(v, Tensor) else v for k, v in self._of_step.items()}
         super().log(logs, start_time)
 
     def _gathered(self, rows: Tensor) -> Tensor:
         return self.accelerator.gather(rows.to(self.args.device)).cpu()
-
-    def _learning_rates(self) -> dict[str, float]:
-        """Of each part, where they differ."""
-        groups = self.optimizer.param_groups
-        rates = {g["name"].removesuffix(" (no decay)"): g["lr"] for g in groups if "name" in g}
-        return {f"lr/{name}": rate for name, rate in rates.items()} if len(rates) > 1 else {}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure on held-out data."""

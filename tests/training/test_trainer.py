@@ -188,6 +188,7 @@ def info(**changes) -> BatchInfo:
         sources=("f.jsonl:1", "f.jsonl:2"),
         indices=(0, 1),
         epoch=0,
+        modalities=(2, 6),
         lengths=(10, 8),
         padded=20,
         supervised=(3, 2),
