@@ -164,7 +164,8 @@ class AVLlavaAnswerer:
                 return self.model.ask_batch(rows, batch_size=len(rows), **options)
 
         answers = _in_batches(ask, prompts, self.settings.questions_at_once)
-        shared = {"decode": opened.decode_s / len(prompts), "encode": encode_s / len(prompts)}
+        decode_s = opened.decode_s if arm.media else 0.0
+        shared = {"decode": decode_s / len(prompts), "encode": encode_s / len(prompts)}
         lender = opened.lender if arm.sound == "swap" else None
         return [_reply(answer, n, shared, lender) for answer, n in answers]
 

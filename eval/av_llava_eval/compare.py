@@ -92,7 +92,7 @@ def compare_arms(scored: Scored) -> list[dict[str, Any]]:
         for name in names[1:]
         if _common(reference, scored.arms[name])
     ]
-    _add_holm(found)
+    add_holm(found)
     return found
 
 
@@ -156,11 +156,12 @@ def _groups(pairs: Sequence[tuple[Record, Record]], field: str) -> dict[str, dic
         diff = np.subtract(b, a)
         found = _difference(diff, [p[0]["group"] for p in some])
         rows.append({"n": len(some), "scores": [float(np.mean(a)), float(np.mean(b))], **found})
-    _add_holm(rows)
+    add_holm(rows)
     return dict(zip(by_value, rows, strict=True))
 
 
-def _add_holm(rows: Sequence[dict[str, Any]]) -> None:
+def add_holm(rows: Sequence[dict[str, Any]]) -> None:
+    """Give each comparison that has a p-value its ``p_holm``, corrected for their number."""
     known = [row for row in rows if row["p_value"] is not None]
     for row, adjusted in zip(known, stats.holm([r["p_value"] for r in known]), strict=True):
         row["p_holm"] = adjusted

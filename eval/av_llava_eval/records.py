@@ -17,6 +17,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -221,7 +222,8 @@ def write_whole(path: Path, text: str) -> None:
             os.fsync(handle.fileno())
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 

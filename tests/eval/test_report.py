@@ -95,7 +95,7 @@ def test_two_runs_stand_side_by_side(folder, tmp_path):
         "other: audio off",
     ]
     (difference,) = facts.differences
-    assert (difference.first, difference.second) == ("run (audio on)", "other")
+    assert (difference.first, difference.second) == ("run: audio on", "other: audio off")
     assert difference.n == len(ROWS)
 
 
@@ -108,6 +108,9 @@ def test_what_is_missing_is_said(tmp_path):
         gather([tmp_path / "nothing"], task=TOY)
     with pytest.raises(UsageError):
         gather([], task=TOY)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file/report.md cannot be written"):
+        write_report([folder], tmp_path / "file", task=TOY, misses=0)
 
 
 def test_both_files_are_written_and_written_again_the_same(folder, tmp_path):

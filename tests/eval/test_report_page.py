@@ -62,7 +62,7 @@ def facts():
         "Sound on and off",
         "A task",
         (column("audio=on", 0.6), column("audio=off", 0.5)),
-        (Difference("audio=on", "audio=off", -0.1, -0.15, -0.05, 0.0002, 1, 11, 100),),
+        (Difference("audio=on", "audio=off", -0.1, -0.15, -0.05, 0.0002, 1, 11, 100, 0.004),),
         smallest_difference=0.035,
         misses=(miss,),
         n_misses=40,
@@ -133,7 +133,8 @@ def test_markdown_tables_are_rectangular_and_escape_pipes(facts):
         counts = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(counts) == 1
     assert r"kind\|s" in text
-    assert "| audio=on → audio=off | -10.0 (-15.0 to -5.0) | < 0.001 | 1 | 11 | 100 |" in text
+    said = "| audio=on → audio=off | -10.0 (-15.0 to -5.0) | < 0.001 | 0.004 |  | 1 | 11 | 100 |"
+    assert said in text
     assert "> 3 videos have no sound." in text
 
 
@@ -145,3 +146,43 @@ def test_plots_are_svg_with_their_numbers_as_text(facts):
     assert drawn == plots.groups(facts.columns, "kind|s")
     assert plots.groups(facts.columns, "absent") is None
     assert plots.tokens(facts.columns[:1]) is None
+
+
+def test_only_columns_that_hear_the_same_are_a_sweep_of_tokens(facts):
+    """Sound on and off may differ in tokens, but nobody swept them."""
+    on, off = facts.columns
+    assert plots.tokens((replace(on, sound="on"), replace(off, sound="off"))) is None
+    many = tuple(
+        replace(on, label=f"{n} tokens", visual_tokens=float(n)) for n in (512, 520, 1024, 4096)
+    )
+    drawn = plots.tokens(many)
+    assert drawn is not None and "1,024" in drawn and "512" in drawn and "520" not in drawn
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_names_and_many_columns_leave_room_for_the_plot(facts):
+    name = "a_name_without_spaces_" * 8 + "$x_1$ "
+    columns = tuple(
+        replace(column(f"{name}{i}", 0.5 + i / 50), groups={name: (estimate(name * 2, 0.5),) * 3})
+        for i in range(12)
+    )
+    told = (Difference(columns[0].label, columns[9].label, 0, -0.1, 0.1, 0.5, 1, 1, 100),)
+    text = page(replace(facts, columns=columns, differences=told))
+    outline(text)
+    for drawn in re.findall(r"<svg.*?</svg>", text, re.S):
+        lines = re.findall(r">([^<>]*)</text>", drawn)
+        assert lines and max(map(len, lines)) <= 40
+    assert "$x_1$ 11" in plots.headline(columns), "the end of a name often tells it from others"
+    assert text.count("<li><i") >= 12 and name + "11" in text
+    assert 'class="card"' not in text, "twelve cards would be a wall"
+
+
+def test_groups_that_a_plot_leaves_out_are_counted(facts):
+    many = {"kind": tuple(estimate(f"k{i}", 0.5) for i in range(plots.GROUPS + 3))}
+    text = page(replace(facts, columns=(replace(facts.columns[0], groups=many),)))
+    assert f"the first {plots.GROUPS} of {plots.GROUPS + 3}" in text and "k30 (100)" in text
+
+
+def test_columns_with_the_same_failures_are_told_in_one_line(facts):
+    assert page(facts).count("They count as wrong.") == 1
+    assert "audio=on, audio=off: 3 of 100 questions failed" in page(facts)

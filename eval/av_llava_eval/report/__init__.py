@@ -34,7 +34,6 @@ def write_report(
     """
     facts = gather(folders, compat=compat, misses=misses, frames=frames, task=task)
     place = Path(out if out is not None else folders[0])
-    place.mkdir(parents=True, exist_ok=True)
     text, html = place / "report.md", place / "report.html"
     write_whole(text, markdown(facts))
     write_whole(html, page(facts))

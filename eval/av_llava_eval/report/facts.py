@@ -48,7 +48,13 @@ class Column:
     answered: float | None = None
     """Score over the questions that were answered, where some failed."""
     visual_tokens: float | None = None
-    """Mean number of tokens a video became, sound included."""
+    """Mean number of tokens that the pictures of a video became."""
+    media_tokens: float | None = None
+    """The same, sound included."""
+    sound: str = ""
+    """What was heard: only columns that hear the same are a sweep of tokens."""
+    run: str = ""
+    """What tells its run from others; empty for the only one."""
     chance: float | None = None
     """What guessing would give."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -70,13 +76,17 @@ class Difference:
     """Second less first."""
     low: float
     high: float
-    p: float
-    """Exact McNemar."""
+    p: float | None
+    """By exchanging the sides of videos; None for a single video."""
     gained: int
     """Questions that only the second has right."""
     lost: int
     """Questions that only the first has right."""
     n: int
+    p_holm: float | None = None
+    """The same, corrected for the number of differences."""
+    p_mcnemar: float | None = None
+    """Exact McNemar, question by question; None for scores between 0 and 1."""
 
 
 @dataclass(frozen=True)

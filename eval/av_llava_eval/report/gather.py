@@ -14,12 +14,12 @@ import numpy as np
 
 from av_llava.errors import UsageError
 from av_llava_eval import stats
-from av_llava_eval.compare import compare_arms, compare_runs
+from av_llava_eval.compare import add_holm, compare_arms, compare_runs
 from av_llava_eval.failures import OK
 from av_llava_eval.points import points
 from av_llava_eval.report.facts import Column, Difference, Estimate, Facts
 from av_llava_eval.report.misses import find_misses
-from av_llava_eval.scoring import Record, Scored, score_folder, summarise
+from av_llava_eval.scoring import Record, Scored, few_videos, score_folder, summarise
 from av_llava_eval.task import Task
 
 MISSES, FRAMES = 60, 6
@@ -51,22 +51,22 @@ def gather(
     runs = [score_folder(f, task=task) for f in folders]
     first = runs[0]
     columns, notes = [], []
-    for run, prefix in zip(runs, _prefixes(runs), strict=True):
+    for run, name_of_run in zip(runs, _names(runs), strict=True):
         found = summarise(run, compat)
-        notes += [f"{prefix}{n}" for n in _notes(found)]
+        notes += [f"{name_of_run}: {n}" if name_of_run else n for n in _notes(found)]
         columns += [
-            _column(run, prefix + name if prefix else name, found, found["arms"][name], records)
+            _column(run, name_of_run, name, found, records)
             for name, records in run.arms.items()
             if records
         ]
-    compared = _compared(runs)
-    limits = [d["detectable"] for d in compared if d["detectable"] is not None]
+    compared = list(_compared(runs))
+    limits = [d["detectable"] for d, _ in compared if d["detectable"] is not None]
     records = next(iter(first.arms.values()))
     return Facts(
         title=f"{first.task.title}: {_named(first)}",
         task=first.task.title,
         columns=tuple(columns),
-        differences=tuple(map(_difference, compared)),
+        differences=tuple(_difference(d, labels) for d, labels in compared),
         smallest_difference=max(limits, default=None),
         misses=tuple(find_misses(first, records, misses, frames)),
         n_misses=sum(r["labelled"] and points(r) < 1 for r in records),
@@ -75,28 +75,31 @@ def gather(
     )
 
 
-def _prefixes(runs: Sequence[Scored]) -> list[str]:
-    """What tells runs apart in their columns' names."""
+def _names(runs: Sequence[Scored]) -> list[str]:
+    """What tells runs apart; empty for the only one."""
     if len(runs) == 1:
         return [""]
     names = [r.folder.name for r in runs]
-    paths = [str(r.folder) for r in runs]
-    return [f"{n}: " for n in (names if len(set(names)) == len(names) else paths)]
+    return names if len(set(names)) == len(names) else [str(r.folder) for r in runs]
+
+
+def _label(run: str, arm: str) -> str:
+    """Name of a column: run and arm, as far as they tell something."""
+    return ": ".join(x for x in (run, "" if run and arm == "main" else arm) if x)
 
 
 def _column(
-    run: Scored,
-    label: str,
-    whole: Mapping[str, Any],
-    found: Mapping[str, Any],
-    records: Sequence[Record],
+    run: Scored, name: str, arm: str, whole: Mapping[str, Any], records: Sequence[Record]
 ) -> Column:
+    found = whole["arms"][arm]
     labelled = [r for r in records if r["labelled"]]
     failed = found["failures"]
     tokens = found["tokens"]
     seen = [tokens[k] for k in ("visual_tokens", "audio_tokens") if k in tokens]
     return Column(
-        label=label,
+        label=_label(name, arm),
+        run=name,
+        sound=next(str(a.get("sound", "")) for a in run.manifest.arms if a["name"] == arm),
         headline=_estimate("all", found["score"], found["interval"] or found["wilson"], found["n"]),
         groups={
             field: tuple(
@@ -111,7 +114,8 @@ def _column(
         n_unparsed=found["unparsed"],
         failed=failed,
         answered=found["of_answered"] if failed else None,
-        visual_tokens=sum(seen) if seen else None,
+        visual_tokens=tokens.get("visual_tokens"),
+        media_tokens=sum(seen) if seen else None,
         chance=whole["chance"],
         metrics=_metrics(found),
     )
@@ -175,26 +179,34 @@ def _metrics(found: Mapping[str, Any]) -> dict[str, Any]:
 _COUNTS = ("n", "unparsed", "random")
 
 
-def _compared(runs: Sequence[Scored]) -> list[dict[str, Any]]:
-    first = runs[0]
+def _compared(runs: Sequence[Scored]) -> Iterator[tuple[dict[str, Any], tuple[str, str]]]:
+    """Comparisons, each with the labels of its columns."""
+    first, names = runs[0], _names(runs)
     if len(runs) == 1:
-        return compare_arms(first)
+        for found in compare_arms(first):
+            yield found, (found["names"][0], found["names"][1])
+        return
     arm = next(iter(first.arms))
-    return [compare_runs(first, other, (arm, next(iter(other.arms)))) for other in runs[1:]]
+    pairs = [(other, next(iter(other.arms))) for other in runs[1:]]
+    found_all = [compare_runs(first, other, (arm, their)) for other, their in pairs]
+    add_holm(found_all)
+    for found, (_, their), name in zip(found_all, pairs, names[1:], strict=True):
+        yield found, (_label(names[0], arm), _label(name, their))
 
 
-def _difference(found: Mapping[str, Any]) -> Difference:
+def _difference(found: Mapping[str, Any], labels: tuple[str, str]) -> Difference:
     table = found["table"] or {}
     mean = found["difference"]
     ends = found["interval"] or {"low": mean, "high": mean}
-    p_value = table.get("mcnemar_p", found["p_value"])
     return Difference(
-        first=found["names"][0],
-        second=found["names"][1],
+        first=labels[0],
+        second=labels[1],
         difference=mean,
         low=ends["low"],
         high=ends["high"],
-        p=1.0 if p_value is None else p_value,
+        p=found["p_value"],
+        p_holm=found.get("p_holm"),
+        p_mcnemar=table.get("mcnemar_p"),
         gained=len(found["flipped"]["better"]) if not table else table["only_second"],
         lost=len(found["flipped"]["worse"]) if not table else table["only_first"],
         n=found["n"],
@@ -212,6 +224,8 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
             f"The questions were asked with version {found['answered_with_version']} of the task; "
             f"this is version {found['version']}."
         )
+    if few := few_videos(found):
+        yield few
     for name, arm in found["arms"].items():
         silent = sum(arm["silent"].values())
         if silent:

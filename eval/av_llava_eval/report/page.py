@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Sequence
-from itertools import pairwise
 
 from av_llava_eval.report import plots, tables
 from av_llava_eval.report.facts import Column, Facts, Miss
@@ -33,13 +32,18 @@ p.lead{color:var(--soft);margin:0 0 24px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:6px 12px 6px 0;border-bottom:1px solid var(--line);
-vertical-align:top}
+vertical-align:top;overflow-wrap:anywhere}
+td:first-child{min-width:130px}td:not(:first-child){white-space:nowrap}
+table.wide td{white-space:normal}
 th{font-weight:600;color:var(--soft);white-space:nowrap}
-figure{margin:16px 0}figure svg{width:100%;height:auto;display:block}
+figure{margin:16px 0}figure svg{width:100%;min-width:560px;height:auto;display:block}
+.key{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px;margin:0 0 6px;padding:0;
+list-style:none}
+.key i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}
 figure svg text{font-family:inherit}
 figcaption{color:var(--soft);font-size:13px}
 details.miss{border-bottom:1px solid var(--line);padding:10px 0}
-details.miss summary{cursor:pointer}
+details.miss summary{cursor:pointer;overflow-wrap:anywhere}
 .tag{display:inline-block;background:var(--wash);border-radius:6px;padding:0 8px;
 font-size:12px;color:var(--soft);margin-right:6px}
 .frames{display:flex;gap:6px;overflow-x:auto;margin:10px 0}
@@ -71,14 +75,14 @@ def page(facts: Facts) -> str:
         _banner(facts.columns),
         *(f'<div class="note">{_text(n)}</div>' for n in facts.notes),
         _cards(facts.columns),
-        _figure(plots.headline(facts.columns), "Score with its 95 % interval over videos."),
+        _figure(plots.headline(facts.columns), "Score with its 95 % interval."),
         _table(tables.scores(facts.columns)),
         _differences(facts),
         _groups(facts.columns),
         _more_plots(facts.columns),
         _titled("Other metrics", tables.metrics(facts.columns)),
         _misses(facts),
-        _titled("How it was made", tables.settings(facts)),
+        _titled("How it was made", tables.settings(facts), "wide"),
     ]
     script = f"<script>{_FILTER}</script>" if facts.misses else ""
     return (
@@ -91,23 +95,29 @@ def page(facts: Facts) -> str:
 
 
 def _lead(facts: Facts) -> str:
-    first = facts.columns[0].headline
-    runs = "one run" if len(facts.columns) == 1 else f"{len(facts.columns)} runs"
-    return f"{facts.task}: {first.n} questions, {runs}. Intervals are 95 %, resampled by video."
+    n, side = facts.columns[0].headline.n, len(facts.columns)
+    beside = "" if side == 1 else f" in {side} columns"
+    return f"{facts.task}: {n:,} questions{beside}. Intervals are 95 %."
 
 
 def _banner(columns: Sequence[Column]) -> str:
     """A warning for runs with more failures than one in a hundred."""
     bad = [c for c in columns if c.n_failed > 0.01 * c.headline.n]
-    lines = [
-        f"{c.label}: {c.n_failed} of {c.headline.n} questions failed ({tables.failures(c)}). "
-        f"They count as wrong."
-        for c in bad
-    ]
+    same: dict[str, list[str]] = {}
+    for c in bad:
+        said = f"{c.n_failed} of {c.headline.n} questions failed ({tables.failures(c)})"
+        same.setdefault(said, []).append(c.label)
+    lines = [f"{', '.join(labels)}: {said}. They count as wrong." for said, labels in same.items()]
     return f'<div class="banner">{"<br>".join(map(_text, lines))}</div>' if lines else ""
 
 
+_CARDS = 4
+
+
 def _cards(columns: Sequence[Column]) -> str:
+    """The scores in large; more than a few are easier to read in the plot below."""
+    if len(columns) > _CARDS:
+        return ""
     cards = "".join(
         f'<div class="card"><span>{_text(c.label)}</span><b>{100 * c.headline.score:.1f} %</b>'
         f"<span>{100 * c.headline.low:.1f} to {100 * c.headline.high:.1f}"
@@ -121,10 +131,16 @@ def _cards(columns: Sequence[Column]) -> str:
 def _differences(facts: Facts) -> str:
     if not facts.differences:
         return ""
+    columns = facts.columns
+    others = [i for i, c in enumerate(columns) if c.label in {d.second for d in facts.differences}]
     dumbbells = "".join(
-        _figure(plots.dumbbells(a, b, grouping), f"{a.label} and {b.label}, by {grouping}.")
-        for a, b in pairwise(facts.columns)
-        for grouping in list(a.groups)[:1]
+        _figure(
+            plots.dumbbells(columns, i, grouping),
+            f"{columns[0].label} (ring) and {columns[i].label} (point), by {grouping}.",
+            [plots.key(columns)[0], plots.key(columns)[i]],
+        )
+        for i in others[:_DUMBBELLS]
+        for grouping in list(columns[0].groups)[:1]
     )
     limit = tables.smallest_difference(facts)
     told = f"<p>{_text(limit)}</p>" if limit else ""
@@ -132,29 +148,50 @@ def _differences(facts: Facts) -> str:
     return f"<h2>What differs</h2>{found}{told}{dumbbells}"
 
 
+_DUMBBELLS = 3
+
+
 def _groups(columns: Sequence[Column]) -> str:
     parts = []
     for grouping in columns[0].groups:
         drawn = plots.groups(columns, grouping)
         if drawn is not None:
-            said = f"By {grouping}; in brackets the number of questions."
-            parts.append(f"<h2>By {_text(grouping)}</h2>{_figure(drawn, said)}")
+            n = len(columns[0].groups[grouping])
+            some = f"; the first {plots.GROUPS} of {n}" if n > plots.GROUPS else ""
+            said = f"By {grouping}{some}; in brackets the number of questions."
+            shown = _figure(drawn, said, plots.key(columns))
+            parts.append(f"<h2>By {_text(grouping)}</h2>{shown}")
     return "".join(parts)
 
 
 def _more_plots(columns: Sequence[Column]) -> str:
+    key = plots.key(columns)
     drawn = (
-        ("Length", plots.length(columns), "Score by the length of the video."),
-        ("Tokens", plots.tokens(columns), "Score against the tokens that a video becomes."),
+        ("Length", plots.length(columns), key, "Score by the length of the video."),
+        (
+            "Tokens",
+            plots.tokens(columns),
+            key,
+            "Score against the tokens that the pictures of a video become.",
+        ),
         (
             "Letters",
             plots.letters(columns),
+            plots.letters_key(columns),
             "How often each letter is answered; grey: how often it is right. A letter that towers "
             "over its grey bar is a habit of the model.",
         ),
-        ("Time", plots.stages(columns), "Where the time went, summed over processes."),
+        (
+            "Time",
+            plots.stages(columns),
+            plots.stages_key(columns),
+            "Where the time went, summed over processes. What was decoded once for several "
+            "columns stands in each.",
+        ),
     )
-    return "".join(f"<h2>{t}</h2>{_figure(svg, said)}" for t, svg, said in drawn if svg)
+    return "".join(
+        f"<h2>{title}</h2>{_figure(svg, said, some)}" for title, svg, some, said in drawn if svg
+    )
 
 
 def _misses(facts: Facts) -> str:
@@ -209,23 +246,30 @@ def _frames(miss: Miss) -> str:
     return f'<div class="frames">{pictures}</div>'
 
 
-def _figure(svg: str | None, caption: str) -> str:
+def _figure(svg: str | None, caption: str, key: plots.Key | None = None) -> str:
+    """A plot with its caption and what its colours mean; one colour needs no words."""
     if svg is None:
         return ""
-    return f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>"
+    names = "".join(
+        f'<li><i style="background:{color}"></i>{_text(name)}</li>' for name, color in key or ()
+    )
+    list_ = f'<ul class="key">{names}</ul>' if key and len(key) > 1 else ""
+    said = f"<figcaption>{_text(caption)}</figcaption>"
+    return f'<figure>{list_}<div class="scroll">{svg}</div>{said}</figure>'
 
 
-def _table(table: Table, title: str = "") -> str:
+def _table(table: Table, title: str = "", kind: str = "") -> str:
     top = "".join(f"<th>{_text(h)}</th>" for h in table.head)
     body = "".join(
         "<tr>" + "".join(f"<td>{_text(v)}</td>" for v in row) + "</tr>" for row in table.rows
     )
     head = f"<h2>{_text(title)}</h2>" if title else ""
-    return f'{head}<div class="scroll"><table><thead><tr>{top}</tr></thead>{body}</table></div>'
+    start = f'<table class="{kind}">' if kind else "<table>"
+    return f'{head}<div class="scroll">{start}<thead><tr>{top}</tr></thead>{body}</table></div>'
 
 
-def _titled(title: str, table: Table | None) -> str:
-    return "" if table is None else _table(table, title)
+def _titled(title: str, table: Table | None, kind: str = "") -> str:
+    return "" if table is None else _table(table, title, kind)
 
 
 def _text(value: object) -> str:

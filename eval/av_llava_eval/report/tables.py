@@ -17,8 +17,8 @@ class Table:
 
 
 def scores(columns: Sequence[Column]) -> Table:
-    """One row a run: score, interval, and everything that qualifies it."""
-    head = ("run", "score % (95 %)", "questions", "unparsed", "failed", "of those answered")
+    """One row a column: score, interval, and everything that qualifies it."""
+    head = ("column", "score % (95 %)", "questions", "unparsed", "failed", "of those answered")
     rows = tuple(
         (
             c.label,
@@ -28,7 +28,7 @@ def scores(columns: Sequence[Column]) -> Table:
             failures(c) or "0",
             _percent(c.answered),
             _percent(c.chance),
-            "" if c.visual_tokens is None else f"{c.visual_tokens:.0f}",
+            "" if c.media_tokens is None else f"{c.media_tokens:.0f}",
         )
         for c in columns
     )
@@ -36,20 +36,20 @@ def scores(columns: Sequence[Column]) -> Table:
 
 
 def differences(found: Sequence[Difference]) -> Table:
-    """One row a pair of runs, on the questions that both have."""
-    head = ("runs", "points (95 %)", "p (McNemar)", "gained", "lost", "questions")
+    """One row a pair of columns, on the questions that both have."""
+    head = ("columns", "points (95 %)", "p (videos)", "after Holm", "p (McNemar)")
     rows = tuple(
         (
             f"{d.first} → {d.second}",
             f"{_signed(d.difference)} ({_signed(d.low)} to {_signed(d.high)})",
-            f"{d.p:.3f}" if d.p >= 0.001 else "< 0.001",
+            *map(_p_value, (d.p, d.p_holm, d.p_mcnemar)),
             str(d.gained),
             str(d.lost),
             str(d.n),
         )
         for d in found
     )
-    return Table(head, rows)
+    return Table((*head, "gained", "lost", "questions"), rows)
 
 
 def groups(columns: Sequence[Column], grouping: str) -> Table:
@@ -91,6 +91,10 @@ def smallest_difference(facts: Facts) -> str | None:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
+
+
+def _p_value(p: float | None) -> str:
+    return "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _plain(value: object) -> str:
