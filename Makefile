@@ -38,7 +38,7 @@ check: setup  ## Lint, formatting, types, import directions.
 	$(BIN)/lint-imports
 
 TINY ?= runs/tiny
-tiny-model: setup  ## Train the small model that ships, from nothing (hours on two cores).
+tiny-model: setup  ## Train the small model that ships, from nothing (docs/tiny.md; an hour or two).
 	$(BIN)/python scripts/tiny/build.py $(TINY)/start
 	$(BIN)/python scripts/tiny/pretrain_towers.py $(TINY)/start
 	$(BIN)/python scripts/tiny/make_data.py $(TINY)/data

@@ -24,7 +24,7 @@ from av_llava.training.world.rows import CLIPS, clip_name
 from av_llava.training.world.scene import generator
 
 SPLIT = "lessons"
-LONGEST = 4
+LONGEST = 6
 """Questions of a conversation."""
 CLEAR = 0.12
 """How far from the middle a thing is that is called left, right, up or down."""
