@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from av_llava.errors import DataError, UsageError
+from av_llava_eval.failures import OK
 from av_llava_eval.sample import Sample
 from av_llava_eval.sharding import Place
 
@@ -118,7 +119,10 @@ class RunFolder:
             raise DataError(f"{file} cannot be read ({error}). It is needed to go on.") from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise DataError(f"{file} is no manifest of a run of this program ({SCHEMA}).")
-        return Manifest(data["identity"], data["about"])
+        identity, about = data.get("identity"), data.get("about")
+        if not _holds(identity, _IDENTITY) or not _holds(about, ("data",)):
+            raise DataError(f"{file} is damaged: it does not say what the run is.")
+        return Manifest(identity, about)
 
     def need(self) -> Manifest:
         """The manifest.
@@ -162,8 +166,15 @@ class RunFolder:
         Args:
             root: folder of the data; by default where it was.
         """
-        base = self.need().root if root is None else root
-        return [sample_of_row(row, base) for row in _whole_lines(self.path / SAMPLES)]
+        base, file = self.need().root if root is None else root, self.path / SAMPLES
+        try:
+            found = [sample_of_row(row, base) for row in _whole_lines(file)]
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{file} is damaged: a line is no question ({error}).") from error
+        for sample in found:
+            if wrong := sample.not_text():
+                raise DataError(f"{file} is damaged: {wrong}.")
+        return found
 
     def answers(self) -> dict[Key, Answer]:
         """The last answer to each question of each arm; one that is ok wins over failures.
@@ -191,6 +202,13 @@ class RunFolder:
         """All complete lines of all answers files."""
         for file in sorted(self.path.glob("answers.*.jsonl")):
             yield from answer_lines(file)
+
+
+_IDENTITY = ("task", "version", "split", "arms")
+
+
+def _holds(data: Any, names: Iterable[str]) -> bool:
+    return isinstance(data, dict) and all(name in data for name in names)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -258,7 +276,11 @@ def _answer_of(line: bytes) -> Answer | None:
 
 
 def _is_answer(row: Mapping[str, Any]) -> bool:
-    return all(isinstance(row.get(k), str) for k in ("arm", "id", "group", "status"))
+    texts = ["arm", "id", "group", "status", *(["raw"] if row.get("status") == OK else [])]
+    accounts = [row.get(k) for k in ("used", "timing_s")]
+    return all(isinstance(row.get(k), str) for k in texts) and all(
+        account is None or isinstance(account, dict) for account in accounts
+    )
 
 
 def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -51,6 +51,15 @@ class Sample:
         """The letters of the options, such as ``ABCD``; empty for open questions."""
         return LETTERS[: len(self.options or ())]
 
+    def not_text(self) -> str | None:
+        """What should be text and is not: annotations hold numbers in odd places."""
+        texts: dict[str, object] = {"id": self.id, "group": self.group, "question": self.question}
+        texts |= {f"option {i}": text for i, text in enumerate(self.options or (), 1)}
+        wrong = (
+            f"its {k} is {v!r}, not a text" for k, v in texts.items() if not isinstance(v, str)
+        )
+        return next(wrong, None)
+
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file or folder that answering needs."""

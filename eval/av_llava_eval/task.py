@@ -299,6 +299,8 @@ class Task:
             return Problem(where, str(error))
         except (TypeError, ValueError, AttributeError) as error:
             return Problem(where, f"a field has the wrong form ({error})")
+        if wrong := found.not_text():
+            return Problem(where, wrong)
         where = f"{where} ({found.id})"
         choices = None if found.options is None else tuple(found.letters)
         if choices is not None and found.answer is not None and found.answer not in choices:
@@ -378,6 +380,10 @@ def _import_all() -> None:
         importlib.import_module(module.name)
 
 
+_OF_A_FILE = (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError)
+"""What a file with a mistake in it may raise."""
+
+
 def _task_of_file(path: Path) -> Task:
     if not path.is_file():
         raise UsageError(f"There is no task file {str(path)!r}.")
@@ -387,7 +393,11 @@ def _task_of_file(path: Path) -> Task:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except _OF_A_FILE as error:
+        said = f"{type(error).__name__}: {error}"
+        raise UsageError(f"The task file {path} cannot be imported: {said}.") from error
     own = [t for t in TASKS.values() if type(t).__module__ == name]
     if len(own) != 1:
         raise UsageError(f"{path} registers {len(own)} tasks; a task file registers one.")

@@ -98,7 +98,8 @@ def words(bench, out, *more):
 
 
 @pytest.mark.slow
-def test_an_experiment_from_the_shell(bench, eval_, tmp_path):
+def test_an_experiment_from_the_shell(bench, eval_, tmp_path, monkeypatch):
+    monkeypatch.setattr("av_llava.demo_model.SHIPPED", tmp_path / "left out")
     out = tmp_path / "run"
     code, said, noted = eval_(*words(bench, out, "--audio", "on,off,swap", "--text-only"))
     assert code == 0, noted
@@ -228,6 +229,33 @@ def test_wrong_words(eval_, tmp_path, monkeypatch, asked, code, said):
     monkeypatch.chdir(tmp_path)
     found, _, noted = eval_(*asked)
     assert (found, said in noted) == (code, True), noted
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import nothing_such_here\n", "ModuleNotFoundError: No module named 'nothing_such_here'"),
+        ("def x(:\n", "SyntaxError"),
+        ("x = y\n", "NameError: name 'y' is not defined"),
+        ("x = 1\n", "registers 0 tasks"),
+    ],
+)
+def test_a_task_file_with_a_mistake(eval_, tmp_path, text, said):
+    (tmp_path / "mine.py").write_text(text)
+    code, _, noted = eval_("check", tmp_path / "mine.py", "--data", tmp_path)
+    assert code == 2 and said in noted and "mine.py" in noted
+
+
+def test_numbers_where_texts_should_be_are_bad_rows(bench, eval_, tmp_path):
+    rows = json.loads((bench / "rows.json").read_text())
+    rows[0]["question"], rows[1]["id"], rows[2]["video"] = 12, 5, 7
+    rows[3]["options"] = ["a ball", 3]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    code, said, _ = eval_("check", bench / "own.py", "--data", tmp_path, "--json")
+    (report, *_) = json.loads(said)["missing"]
+    assert code == 7 and "4 of 8 annotation rows" in report
+    assert "row 0: its question is 12, not a text" in report
+    assert "row 1: its id is 5" in report and "row 2: its group is 7" in report
 
 
 def test_a_run_of_torchrun_with_a_bad_environment(bench, eval_, tmp_path, monkeypatch):

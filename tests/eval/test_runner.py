@@ -20,6 +20,7 @@ from av_llava_eval.experiment import Arm
 from av_llava_eval.locks import RunLock
 from av_llava_eval.records import AnswerFile, RunFolder
 from av_llava_eval.runner import RunSettings, run
+from av_llava_eval.scoring import score_folder
 from av_llava_eval.sharding import Place
 
 TOY = Toy()
@@ -372,3 +373,26 @@ def test_each_arm_can_be_anything_json_holds(data, tmp_path):
     arms = (Arm("a", aggregator="llava_video"), Arm("b", max_visual_tokens=64))
     run(TOY, data, tmp_path / "run", StandIn, RunSettings(arms=arms))
     assert [Arm(**a) for a in RunFolder(tmp_path / "run").need().arms] == list(arms)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        ("manifest.json", None, '{"schema": "av-llava-eval/1"}', "manifest.json is damaged"),
+        ("manifest.json", '"split"', '"splt"', "manifest.json is damaged"),
+        ("samples.jsonl", None, '{"id": "v0-0"}\n', "samples.jsonl is damaged"),
+        ("samples.jsonl", None, "[1]\n", "samples.jsonl is damaged"),
+        ("samples.jsonl", '"id": "v0-0"', '"id": 3', "its id is 3, not a text"),
+        ("answers.0of1.jsonl", '"status": "ok", "raw": "', '"status": "ok", "row": "', "no answer"),
+        ("answers.0of1.jsonl", '"used": {', '"used": "x", "rest": {', "line 1 is no answer"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(data, tmp_path, name, old, new, said):
+    folder = tmp_path / "run"
+    run(TOY, data, folder, StandIn, TWO)
+    file = folder / name
+    text = file.read_text()
+    assert old is None or old in text
+    file.write_text(new if old is None else text.replace(old, new, 1))
+    with pytest.raises(DataError, match=said):
+        score_folder(folder, task=TOY)
