@@ -252,7 +252,9 @@ def serve() -> None:
     """Answer calls from standard input until it closes; run in the worker process."""
     global _inside, _pipes
     _inside = True
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # Both are the parent's to handle; it closes the pipe, or kills.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Libraries may print: keep the pipe for answers and send their words to standard error.
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     _pipes = calls, answers

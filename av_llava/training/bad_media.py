@@ -171,10 +171,16 @@ class Quarantine:
 
 
 class BadMediaWatch:
-    """Counts bad media in the process that trains, lists them, and stops when they are many."""
+    """Counts bad media in the process that trains, lists them, and stops when they are many.
 
-    def __init__(self, settings: BadMediaSettings) -> None:
-        self.settings = settings
+    Args:
+        settings: how many are too many.
+        alone: judge each batch; else someone calls :meth:`judge` with the sums of all ranks, so
+            that they end together.
+    """
+
+    def __init__(self, settings: BadMediaSettings, alone: bool = True) -> None:
+        self.settings, self.alone = settings, alone
         self.quarantine = None if settings.quarantine is None else Quarantine(settings.quarantine)
         self.n_samples = 0
         self.n_bad = 0
@@ -193,7 +199,7 @@ class BadMediaWatch:
             bad: media that could not be read for it.
 
         Raises:
-            DataError: too large a share of the samples seen so far was replaced.
+            DataError: too large a share of the samples seen so far was replaced (if ``alone``).
         """
         self.n_samples += n_samples
         self.n_bad += len({m.index for m in bad})
@@ -207,15 +213,29 @@ class BadMediaWatch:
             )  # fmt: skip
         if self.quarantine is not None:
             self.quarantine.add(bad)
-        settings = self.settings
-        if self.n_bad > settings.grace and self.fraction > settings.max_fraction:
-            listed = f" They are listed in {settings.quarantine}." if settings.quarantine else ""
-            raise DataError(
-                f"{self.n_bad} of {self.n_samples} samples could not be read "
-                f"({self.fraction:.1%}, more than bad_media.max_fraction = "
-                f"{settings.max_fraction:.1%}); the last one: {self.last.reason}{listed} Repair or "
-                f"remove these files, or allow a larger share."
-            )
+        if self.alone:
+            self.judge(self.n_samples, self.n_bad)
+
+    def judge(self, n_samples: int, n_bad: int) -> None:
+        """Judge what was seen since the run began, on this rank or on all of them.
+
+        Args:
+            n_samples: samples that were read.
+            n_bad: those that others took the place of.
+
+        Raises:
+            DataError: too large a share was replaced.
+        """
+        settings, fraction = self.settings, n_bad / max(1, n_samples)
+        if n_bad <= settings.grace or fraction <= settings.max_fraction:
+            return
+        last = "" if self.last is None else f"; the last one: {self.last.reason}"
+        listed = f" They are listed in {settings.quarantine}." if settings.quarantine else ""
+        raise DataError(
+            f"{n_bad} of {n_samples} samples could not be read ({fraction:.1%}, more than "
+            f"bad_media.max_fraction = {settings.max_fraction:.1%}){last}{listed or '.'} Repair or "
+            f"remove these files, or allow a larger share."
+        )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from av_llava.errors import DataError
+from av_llava.errors import DataError, UsageError
 from av_llava.inference import AVLlava, add_audio, load
 from av_llava.media_inputs import MediaOptions
 from av_llava.processor import AVLlavaProcessor
@@ -339,12 +339,31 @@ def _or(codes: Any) -> int:
 
 @contextmanager
 def first_alone(args: TrainingArguments) -> Iterator[None]:
-    """Let the first process through alone, then the others."""
+    """Let the first process through alone, then the others.
+
+    Raises:
+        UsageError: the first process failed, in each of the others, which would wait for ever.
+    """
     if args.world_size <= 1:
         yield
         return
     if args.process_index > 0:
-        torch.distributed.barrier()
-    yield
-    if args.process_index == 0:
-        torch.distributed.barrier()
+        if not _told(args, True):
+            raise UsageError("The first process of this run failed; it says why.")
+        yield
+        return
+    try:
+        yield
+    except KeyboardInterrupt:  # the others were interrupted, too
+        raise
+    except BaseException:
+        _told(args, False)
+        raise
+    _told(args, True)
+
+
+def _told(args: TrainingArguments, word: bool) -> bool:
+    """The first process's word, in every process."""
+    held = torch.tensor(int(word), device=args.device)
+    torch.distributed.broadcast(held, 0)
+    return bool(held.item())

@@ -33,10 +33,11 @@ from av_llava.training.callbacks import FsdpEntryPoints, Progress, RunLog, Say
 from av_llava.training.collate import BatchInfo
 from av_llava.training.estimate import advice, is_out_of_memory
 from av_llava.training.evaluation import Evaluation
-from av_llava.training.prepare import Hooks, Prepared, prepare
+from av_llava.training.prepare import Hooks, Prepared, first_alone, prepare
 from av_llava.training.preview import CLOSE, OPEN, preview
 from av_llava.training.run_folder import QUARANTINE, RECIPE, RunFolder
 from av_llava.training.settings import TrainSettings
+from av_llava.training.termination import Termination
 from av_llava.training.trainer import AVTrainer, full_disk_named
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,9 @@ def train(settings: TrainSettings, *, resume: bool = False, hooks: Hooks | None 
     folder = RunFolder(output)
     args = training_arguments(settings, output)
     main = args.process_index == 0
-    if main:
-        folder.claim(resume)
+    with first_alone(args):
+        if main:
+            folder.claim(resume)
     try:
         return _train(settings, args, folder, resume, hooks if main else Hooks())
     finally:
@@ -113,8 +115,9 @@ def _train(
     if folder.is_finished:
         return folder.final
     checkpoint = folder.last_checkpoint() if resume else None
-    if main:
-        _begin(folder, settings, checkpoint, hooks)
+    with first_alone(args):
+        if main:
+            _begin(folder, settings, checkpoint, hooks)
     with memory_named(settings):
         prepared = prepare(settings, args, folder, hooks)
     if checkpoint is not None:
@@ -123,9 +126,15 @@ def _train(
     if main:
         folder.update_record(**_account(prepared))
     started = time.time()
-    with memory_named(settings, int(prepared.index.lengths.max(initial=0))):
+    termination = Termination()
+    trainer.add_callback(termination)
+    longest = int(prepared.index.lengths.max(initial=0))
+    with memory_named(settings, longest), termination.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.losses.check()
+    if main and termination.stopped_at is not None:
+        folder.update_record(status="terminated", steps=termination.stopped_at)
+    termination.check(folder.path)
     _finish(trainer, prepared, folder)
     if main:
         folder.update_record(
@@ -259,7 +268,7 @@ def make_trainer(prepared: Prepared, folder: RunFolder, hooks: Hooks) -> AVTrain
         sampler=prepared.sampler,
         batch=settings.batch,
         artefacts=artefacts,
-        bad_media=BadMediaWatch(bad),
+        bad_media=BadMediaWatch(bad, alone=args.world_size <= 1),
         held_out=prepared.held_out,
         evaluate_with=_evaluation(prepared),
         callbacks=callbacks,

@@ -41,6 +41,7 @@ from av_llava.training.optimizer import build_optimizer
 from av_llava.training.parts import PartsTable
 from av_llava.training.run_folder import STATE
 from av_llava.training.settings import BatchSettings
+from av_llava.training.termination import outlive_first_sigterm
 from av_llava.training.told_apart import KindLosses, part_norms
 
 logger = logging.getLogger(__name__)
@@ -222,6 +223,11 @@ class AVTrainer(Trainer):
             self.losses.check()
             gather = self._gathered if self.args.world_size > 1 else None
             logs |= self.meters.take(gather)
+            if self.bad_media is not None and gather is not None:
+                seen = torch.tensor(
+                    [[float(self.bad_media.n_samples), float(self.bad_media.n_bad)]]
+                )
+                self.bad_media.judge(*(round(n) for n in gather(seen).sum(0).tolist()))
             logs |= self.kinds.take(self.args.device, gather)
             logs |= {k: v.item() if isinstance(v, Tensor) else v for k, v in self._of_step.items()}
         super().log(logs, start_time)
@@ -356,8 +362,9 @@ def sync(folder: Path) -> None:
 
 
 def _start_worker(_: int) -> None:
-    """Leave Ctrl-C to the process that trains, which then ends its workers."""
+    """Leave Ctrl-C and SIGTERM to the process that trains, which then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    outlive_first_sigterm()
     sys.excepthook = _unless_hung_up
 
 
