@@ -118,6 +118,9 @@ class StandIn:
             raise ERRORS[self.fail[clip.group]]
         return clip
 
+    def frame_times(self, opened, arm):
+        return (1.0, 5.0) if arm.sees else ()
+
     def answer(self, opened, arm, prompts, n_new):
         time.sleep(self.delay_s)
         for prompt in prompts:

@@ -34,8 +34,8 @@ NOTES = """## Notes
   where the model has ears, unless `--audio off`; `videomme_w_audio` is Video-MME under a name of
   its own.
 - **Subtitles.** `videomme_w_subtitle` and `worldsense_w_subtitle` put all lines of the film before
-  the question; the style `lmms` puts those that 32 even frames show, and Video-MME's authors ask
-  for those of the frames that the model sees. `longvideobench_val_i` gives the lines during which
+  the question; the style `lmms` puts those that 32 even frames show, and the style `frames`
+  those of the frames that the model sees, as Video-MME's authors ask. `longvideobench_val_i` gives the lines during which
   one of 16 even frames lies; its style `lmms` marks each frame in the text with `<image>`, which is
   for comparison only.
 - **Judges.** Open answers are scored offline by exact match, containment and overlap of words.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from av_llava.errors import is_out_of_memory
 from av_llava.media import Limits
@@ -84,6 +84,14 @@ class Answerer(Protocol):
         """Answer all questions about an opened clip, each with at most ``n_new`` tokens."""
 
 
+@runtime_checkable
+class KnowsFrames(Protocol):
+    """An answerer that can be asked for the frames, which the prompts of some styles need."""
+
+    def frame_times(self, opened: Any, arm: Arm) -> Sequence[float]:
+        """Seconds of the frames that an arm shows of an opened clip; none where it sees none."""
+
+
 @dataclass(frozen=True)
 class MediaSettings:
     """How media are read. None is the model's own setting."""
@@ -133,6 +141,12 @@ class AVLlavaAnswerer:
         from av_llava_eval.opening import open_clip
 
         return open_clip(self.model.processor, self.settings, clip, arms, lenders)
+
+    def frame_times(self, opened: Opened, arm: Arm) -> Sequence[float]:
+        """Seconds of the frames; none where the arm sees none or they could not be read."""
+        from av_llava_eval.opening import frame_times_of
+
+        return frame_times_of(opened, arm)
 
     def answer(self, opened: Opened, arm: Arm, prompts: Sequence[str], n_new: int) -> list[Reply]:
         """Encode once, prefill once, ask all questions.

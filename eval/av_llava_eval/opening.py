@@ -89,6 +89,12 @@ def parts_of(opened: Opened, arm: Arm) -> list[MediaPart]:
     return [*(picture or ()), *heard]
 
 
+def frame_times_of(opened: Opened, arm: Arm) -> tuple[float, ...]:
+    """Seconds of the frames that one arm shows; none for pictures and for what cannot be read."""
+    picture = opened.picture if arm.sees else None
+    return picture.pts_s if isinstance(picture, LoadedVideo) else ()
+
+
 class _Reader:
     """Reads the parts of one clip."""
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from av_llava.errors import AVLlavaError, DataError, UsageError
-from av_llava_eval.answerer import Answerer, Clip, Reply
+from av_llava_eval.answerer import Answerer, Clip, KnowsFrames, Reply
 from av_llava_eval.decode_ahead import read_ahead
 from av_llava_eval.experiment import Arm, Donors
 from av_llava_eval.failures import CATCHABLE, OK, kind_of, said
@@ -339,7 +339,7 @@ class _Job:
         if isinstance(opened, BaseException):
             return [self._failure(arm, s, opened) for s in samples]
         try:
-            prompts = [self.prompt(s) for s in samples]
+            prompts = self._prompts(answerer, opened, arm, samples)
             replies = answerer.answer(opened, arm, prompts, self.n_new)
         except CATCHABLE as error:
             if len(samples) == 1:
@@ -348,6 +348,16 @@ class _Job:
                 return [self._failure(arm, s, error) for s in samples]
             return [row for s in samples for row in self._rows(answerer, opened, arm, [s])]
         return [self._answer(arm, s, r) for s, r in zip(samples, replies, strict=True)]
+
+    def _prompts(
+        self, answerer: Answerer, opened: Any, arm: Arm, samples: Sequence[Sample]
+    ) -> list[str]:
+        if self.style not in self.task.frame_styles:
+            return [self.prompt(s) for s in samples]
+        if not isinstance(answerer, KnowsFrames):
+            raise TypeError(f"The style {self.style!r} needs an answerer with frame_times().")
+        times_s = answerer.frame_times(opened, arm)
+        return [self.task.prompt_of_frames(s, self.style, times_s) for s in samples]
 
     def _answer(self, arm: Arm, sample: Sample, reply: Reply) -> Answer:
         return {

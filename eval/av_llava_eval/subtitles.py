@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from av_llava.errors import DataError
+from av_llava_eval.sample import Sample
 
 _TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2})(?:[,.](\d{1,3}))?")
 _ARROW = re.compile(rf"^\s*({_TIME.pattern})\s*-->\s*({_TIME.pattern})")
@@ -59,6 +60,22 @@ def read_srt(path: Path) -> list[Line]:
             f"{path} holds no subtitles: no line looks like 00:00:01,000 --> 00:00:02,000."
         )
     return found
+
+
+def lines_of(sample: Sample) -> list[Line]:
+    """The subtitles of a sample; none without a file, which is no failure.
+
+    Raises:
+        DataError: as :func:`read_srt`.
+    """
+    there = sample.subtitles is not None and sample.subtitles.exists()
+    return read_srt(sample.subtitles) if there and sample.subtitles is not None else []
+
+
+def with_lines(lines: Sequence[Line], question: str) -> str:
+    """Subtitles before a question; the question alone without any."""
+    said = "\n".join(x.text for x in lines if x.text)
+    return f"The video's subtitles are:\n{said}\n\n{question}" if said else question
 
 
 def clock_s(text: str) -> float:

@@ -79,6 +79,8 @@ class Task:
     """Longest answer in tokens."""
     styles: ClassVar[tuple[str, ...]] = ("default",)
     """Prompt styles; the first is the default. ``lmms`` is the wording of lmms-eval."""
+    frame_styles: ClassVar[tuple[str, ...]] = ()
+    """Of the styles those whose prompts depend on the frames that the model sees."""
     hears: ClassVar[bool] = False
     """Whether the benchmark is about sound."""
 
@@ -109,6 +111,16 @@ class Task:
         lines = [f"{a}. {text}" for a, text in zip(sample.letters, sample.options, strict=True)]
         ending = "Answer with the letter of the right option only."
         return "\n".join([sample.question, *lines, ending])
+
+    def prompt_of_frames(self, sample: Sample, style: str, times_s: Sequence[float]) -> str:
+        """The prompt in one of :attr:`frame_styles`.
+
+        Args:
+            sample: the question.
+            style: of the prompt.
+            times_s: of the frames that the model sees; empty where it sees none.
+        """
+        return self.prompt(sample, style)
 
     def extract(self, text: str, sample: Sample, compat: str | None = None) -> Prediction:
         """Read an answer. Options: the letter; open questions: the text in lower case."""

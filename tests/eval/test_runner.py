@@ -375,6 +375,24 @@ def test_each_arm_can_be_anything_json_holds(data, tmp_path):
     assert [Arm(**a) for a in RunFolder(tmp_path / "run").need().arms] == list(arms)
 
 
+def test_a_style_may_ask_for_the_frames_that_an_arm_sees(data, tmp_path):
+    class Timed(Toy):
+        styles = ("default", "frames")
+        frame_styles = ("frames",)
+
+        def prompt_of_frames(self, sample, style, times_s):
+            return f"{self.prompt(sample)} {times_s}"
+
+    answerer, arms = StandIn(), (Arm("main"), Arm("text only", sees=False, sound="off"))
+    settings = RunSettings(arms=arms, style="frames")
+    assert run(Timed(), data, tmp_path / "run", lambda: answerer, settings).complete
+    ends = {(arm, prompt[prompt.rindex("(") :]) for arm, prompt in answerer.asked}
+    assert ends == {("main", "(1.0, 5.0)"), ("text only", "()")}
+    answerer = StandIn()
+    run(Timed(), data, tmp_path / "plain", lambda: answerer, RunSettings(arms=arms))
+    assert not any("1.0" in prompt for _, prompt in answerer.asked)
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "said"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,20 @@ def test_subtitles_of_videomme(media: Media, tmp_path: Path) -> None:
     media.put(data / "data" / "vid1.mp4")
     (data / "subtitle" / "vid1.srt").unlink()
     assert "None of 2 films has subtitles" in task.check(data)[0]
+
+
+def test_subtitles_of_the_frames_that_the_model_sees(media: Media, tmp_path: Path) -> None:
+    data = mini("videomme_w_subtitle").build(tmp_path, media)
+    for task in (get_task("videomme_w_subtitle"), get_task("worldsense_w_subtitle")):
+        (tmp_path / "two.srt").write_text(
+            "1\n00:00:00,000 --> 00:00:02,000\nearly\n\n2\n00:00:08,000 --> 00:00:09,000\nlate\n"
+        )
+        first = replace(next(get_task("videomme").load(data)), subtitles=tmp_path / "two.srt")
+        assert "early\nlate\n" in task.prompt(first, "frames")
+        some = task.prompt_of_frames(first, "frames", (0.5, 4.0))
+        assert "are:\nearly\n\n" in some and "late" not in some
+        blind = task.prompt_of_frames(first, "frames", ())
+        assert "subtitles" not in blind and blind in some
 
 
 def test_subtitles_of_longvideobench(media: Media, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from av_llava_eval.choices import LLAVA_ENDING, ChoiceTask, lettered
 from av_llava_eval.mcq import strip_letters
 from av_llava_eval.reading import lmms
 from av_llava_eval.sample import Prediction, Sample
-from av_llava_eval.subtitles import Line, lmms_white_lines, read_srt
+from av_llava_eval.subtitles import Line, lines_of, lmms_white_lines, seen_lines, with_lines
 from av_llava_eval.task import Doc, register
 
 _INSTRUCTION = (
@@ -73,17 +73,21 @@ class VideoMMEWithSubtitles(VideoMME):
     title = "Video-MME with subtitles"
     size = "2700 questions, 900 videos, 744 subtitles"
     needs = (*VideoMME.needs, "subtitle/VIDEOID.srt")
+    styles = ("default", "lmms", "frames")
+    frame_styles = ("frames",)
 
     def prompt(self, sample: Sample, style: str = "default") -> str:
         """All lines of the film; in the style ``lmms`` those that 32 even frames show."""
-        lines = read_srt(sample.subtitles) if sample.subtitles and sample.subtitles.exists() else []
+        lines = lines_of(sample)
         if style == "lmms":
             # A film that is missing is a failure of its questions, not of the run.
             there = lines and sample.video is not None and sample.video.exists()
             return subtitle_prompt(sample, _seen(sample, lines) if there else None)
-        said = "\n".join(x.text for x in lines if x.text)
-        question = super().prompt(sample, style)
-        return f"The video's subtitles are:\n{said}\n\n{question}" if said else question
+        return with_lines(lines, super().prompt(sample, style))
+
+    def prompt_of_frames(self, sample: Sample, style: str, times_s: Sequence[float]) -> str:
+        """The lines of the frames that the model sees, as the benchmark's authors ask for."""
+        return with_lines(seen_lines(lines_of(sample), times_s), super().prompt(sample, style))
 
     def check(self, root: str | Path, split: str | None = None) -> list[str]:
         """Also whether there are subtitles at all; not every film has some."""

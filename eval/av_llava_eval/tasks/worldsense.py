@@ -15,7 +15,7 @@ from av_llava_eval.mcq import strip_letters
 from av_llava_eval.points import Record, points
 from av_llava_eval.reading import lmms
 from av_llava_eval.sample import Prediction, Sample
-from av_llava_eval.subtitles import lmms_plain_lines, read_srt
+from av_llava_eval.subtitles import lines_of, lmms_plain_lines, read_srt, seen_lines, with_lines
 from av_llava_eval.task import Doc, register
 
 _SYSTEM = (
@@ -116,20 +116,23 @@ class WorldSenseWithSubtitles(WorldSense):
     title = "WorldSense with subtitles"
     needs = (*WorldSense.needs, "subtitles/VIDEO.srt")
     hears = False
+    styles = ("default", "lmms", "frames")
+    frame_styles = ("frames",)
 
     def prompt(self, sample: Sample, style: str = "default") -> str:
         """All lines; in the style ``lmms`` those that 32 even frames show."""
-        file = sample.subtitles
-        lines = read_srt(file) if file is not None and file.exists() else []
+        lines = lines_of(sample)
         if style == "lmms":
             there = lines and sample.video is not None and sample.video.exists()
             said = self._seen(sample) if there else "No subtitles available"
             block = f'{_FRAMES}This video\'s subtitles are listed below:\n"{said}"\n{_SELECT}'
             options = lettered(sample.options or ())
             return "\n".join([_SYSTEM, block, sample.question, *options, ""])
-        said = "\n".join(x.text for x in lines if x.text)
-        question = super().prompt(sample, style)
-        return f"The video's subtitles are:\n{said}\n\n{question}" if said else question
+        return with_lines(lines, super().prompt(sample, style))
+
+    def prompt_of_frames(self, sample: Sample, style: str, times_s: Sequence[float]) -> str:
+        """The lines of the frames that the model sees."""
+        return with_lines(seen_lines(lines_of(sample), times_s), super().prompt(sample, style))
 
     def _seen(self, sample: Sample) -> str:
         from av_llava.media import probe
