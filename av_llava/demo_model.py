@@ -1,7 +1,8 @@
-"""A tiny model with random weights that runs through the whole path; it knows nothing.
+"""The models that need no checkpoint: the small trained one that ships, and a random one.
 
-It exists so that the command line and the tests work before and without trained weights. Its
-answers are noise, and everything that shows them says so.
+``SHIPPED`` is the folder of ``av-llava-tiny``, which knows one synthetic world (docs/tiny.md). The
+random one runs through the whole path and knows nothing: it is for tests, and stands in where the
+shipped folder is missing. Its answers are noise, and everything that shows them says so.
 """
 
 from __future__ import annotations
@@ -31,11 +32,19 @@ from av_llava.settings import (
     VisionSettings,
 )
 
+SHIPPED = Path(__file__).with_name("av-llava-tiny")
+"""Folder of the default model."""
+
 _TEXT = (
     "You are a helpful assistant. What happens in this video? A red ball moves to the left while "
     "a bell rings. The video lasts for seconds, and frames are uniformly sampled from it."
 )
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", AU_START_TOKEN, AU_END_TOKEN)
+
+
+def shipped() -> Path | None:
+    """The folder of the default model, or None where an installation left it out."""
+    return SHIPPED if (SHIPPED / "config.json").is_file() else None
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -26,7 +26,7 @@ from av_llava.checkpoints.lora import has_lora
 from av_llava.checkpoints.partial import load_any
 from av_llava.checkpoints.quiet import without_bars
 from av_llava.checkpoints.target import resolve_device, resolve_dtype
-from av_llava.demo_model import build_tiny
+from av_llava.demo_model import SHIPPED, build_tiny, shipped
 from av_llava.errors import UsageError, unknown_name
 from av_llava.generation import AnswerStream, Finite, StopTexts
 from av_llava.inspection import RequestPlan, describe, plan
@@ -323,8 +323,8 @@ def load(
     """Load a checkpoint of the LLaVA family.
 
     Args:
-        path: folder or hub id; None loads the default model, which until trained weights ship
-            is a tiny one with random weights (``.is_random`` says so).
+        path: folder or hub id; None loads the small model that ships, which knows one synthetic
+            world (docs/tiny.md); where it is missing, a random one (``.is_random`` says so).
         base: the language model or checkpoint that an adapter, a LoRA or a projector-only folder
             stands on; None takes what the folder names.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -338,6 +338,7 @@ def load(
             it apart. None merges LLaVA's LoRA folders and keeps our own adapters apart, so that
             they answer exactly as when they were saved.
     """
+    name = str(path)
     if path is None:
         given = {
             "base": base,
@@ -354,10 +355,12 @@ def load(
                 f"The default model runs with attn_implementation 'sdpa' or 'eager', not "
                 f"{attn_implementation!r}."
             )
-        model, processor = build_tiny(attn_implementation=attn_implementation)
-        target = resolve_device(device)
-        model = model.to(target, resolve_dtype(dtype, "float32", target)).eval()
-        return AVLlava(model, processor, "av-llava tiny (random weights)", is_random=True)
+        name, path = SHIPPED.name, shipped()
+        if path is None:
+            model, processor = build_tiny(attn_implementation=attn_implementation)
+            target = resolve_device(device)
+            model = model.to(target, resolve_dtype(dtype, "float32", target)).eval()
+            return AVLlava(model, processor, "av-llava tiny (random weights)", is_random=True)
     loaded = load_any(
         path,
         base,
@@ -370,7 +373,7 @@ def load(
         merge=merge,
     )
     processor = AVLlavaProcessor(loaded.tokenizer, loaded.model.config)
-    return AVLlava(loaded.model, processor, str(path))
+    return AVLlava(loaded.model, processor, name)
 
 
 def add_audio(

@@ -16,7 +16,7 @@ from av_llava.checkpoints.partial import open_partial
 from av_llava.checkpoints.parts import is_partial
 from av_llava.checkpoints.tokenizers import load_tokenizer
 from av_llava.checkpoints.tokens import complete_tokenizer
-from av_llava.demo_model import tiny_config, tiny_tokenizer
+from av_llava.demo_model import shipped, tiny_config, tiny_tokenizer
 from av_llava.options import Options, conversation
 from av_llava.planning import MediaPlan
 from av_llava.processor import AVLlavaProcessor
@@ -56,6 +56,7 @@ class RequestPlan:
 
 def light_processor(path: str | Path | None, base: str | Path | None = None) -> AVLlavaProcessor:
     """Processor of a checkpoint, from its config and tokenizer only; None is the default model."""
+    path = shipped() if path is None else path
     if path is None:
         tokenizer = tiny_tokenizer()
         return AVLlavaProcessor(tokenizer, tiny_config(tokenizer))
@@ -126,5 +127,7 @@ def describe(path: str | Path | None, base: str | Path | None = None) -> dict[st
     if path is None:
         config = light_processor(None).config
         about = description.describe_model(config)
-        return {"name": "av-llava tiny (random weights)", **about}
+        folder = shipped()
+        name = folder.name if folder else "av-llava tiny (random weights)"
+        return {"name": name, **about}
     return description.describe(path, base)

@@ -3,7 +3,9 @@
 python scripts/demo.py            writes demo/clip.mp4 and asks about it
 python scripts/demo.py FILE       asks about a file of yours
 
-The clip shows a red ball that rolls to the right; when it bounces off the right edge, a bell rings.
+The clip is one of the synthetic world that the shipped model learned in (docs/tiny.md), but of a
+split that it has never seen: a red circle moves to the left while a bell rings, and later a yellow
+triangle moves to the right.
 """
 
 from __future__ import annotations
@@ -14,54 +16,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
-import numpy as np
+from av_llava.training.world.parts import Scene
+from av_llava.training.world.scene import sample_scene
+from av_llava.training.world.write import write_clip
 
 FOLDER = Path(__file__).resolve().parents[1] / "demo"
-SECONDS, FPS, WIDTH, HEIGHT = 6, 24, 320, 240
-RATE_HZ, BELL_S, BELL_HZ = 44_100, 3.0, 880.0
-QUESTION = "What does the ball do when the bell rings?"
+SEED, INDEX, SPLIT = 1, 30, "demo"
+QUESTIONS = {
+    "What sound do you hear?": "bell",
+    "Which shape moved when the sound played?": "circle",
+    "Which way does the circle move?": "left",
+    "What colour is the triangle?": "yellow",
+}
+"""With what is right."""
 
 
-def draw(time_s: float) -> np.ndarray:
-    """Return one picture, uint8 [HEIGHT, WIDTH, 3]: a ball over a floor."""
-    way = 1 - abs(time_s - BELL_S) / BELL_S  # 0 at both ends, 1 at the bounce
-    x, y, radius = 30 + way * (WIDTH - 60), HEIGHT * 0.65, 28
-    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
-    picture = np.full((HEIGHT, WIDTH, 3), (190, 215, 235), np.uint8)
-    picture[rows > y + radius] = (110, 130, 90)
-    picture[(rows - y) ** 2 + (columns - x) ** 2 < radius**2] = (200, 40, 35)
-    return picture
+def scene() -> Scene:
+    """What happens in the clip."""
+    return sample_scene(SEED, INDEX, SPLIT)
 
 
-def sound() -> np.ndarray:
-    """Return the sound track, float32 [1, samples]: a bell that fades."""
-    time_s = np.arange(SECONDS * RATE_HZ) / RATE_HZ - BELL_S
-    fading = np.where(time_s < 0, 0.0, np.exp(-3 * np.maximum(time_s, 0)))
-    tones = sum(np.sin(2 * np.pi * BELL_HZ * k * time_s) / k for k in (1.0, 2.76, 5.4))
-    return np.asarray(0.3 * fading * tones, np.float32)[None]
-
-
-def write_clip(path: Path) -> Path:
-    """Write the clip as H.264 and AAC in mp4."""
+def write(path: Path) -> Path:
+    """Write the clip."""
     path.parent.mkdir(exist_ok=True)
-    with av.open(str(path), "w") as out:
-        film = out.add_stream("libx264", rate=FPS, options={"crf": "20"})
-        film.width, film.height, film.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        track = out.add_stream("aac", rate=RATE_HZ, layout="mono")
-        for number in range(SECONDS * FPS):
-            frame = av.VideoFrame.from_ndarray(draw(number / FPS), format="rgb24")
-            frame.pts = number
-            out.mux(film.encode(frame))
-        out.mux(film.encode(None))
-        samples = sound()
-        for start in range(0, samples.shape[1], 1024):
-            block = np.ascontiguousarray(samples[:, start : start + 1024])
-            part = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
-            part.sample_rate, part.pts = RATE_HZ, start
-            out.mux(track.encode(part))
-        out.mux(track.encode(None))
-    return path
+    return write_clip(scene(), path)
 
 
 def av_llava(*words: str) -> None:
@@ -77,18 +55,21 @@ def av_llava(*words: str) -> None:
 def main() -> None:
     """Write the clip unless a file is given, then look at it, plan, and ask."""
     if len(sys.argv) > 1:
-        clip, question = sys.argv[1], " ".join(sys.argv[2:]) or "What happens in this video?"
+        clip, questions = sys.argv[1], [" ".join(sys.argv[2:]) or "What happens in this video?"]
     else:
-        clip, question = os.path.relpath(write_clip(FOLDER / "clip.mp4")), QUESTION
-        print(f"Wrote {clip}: {SECONDS} s of H.264 picture and AAC sound.")
+        clip, questions = os.path.relpath(write(FOLDER / "clip.mp4")), list(QUESTIONS)
+        print(f"Wrote {clip}: {scene().duration_s:g} s of H.264 picture and AAC sound.")
     if not os.environ.get("AV_LLAVA_MODEL"):
         print(
-            "The model below is tiny and has RANDOM weights, so its answer is noise: this shows\n"
-            "that the whole path runs. AV_LLAVA_MODEL=path/to/checkpoint asks a trained one."
+            "The model below is the small one that ships: it knows the clips of docs/tiny.md and\n"
+            "nothing else. AV_LLAVA_MODEL=path/to/checkpoint asks another one."
         )
     av_llava("info", clip)
-    av_llava("ask", clip, question, "--show-plan")
-    av_llava("ask", clip, question, "--max-tokens", "48")
+    av_llava("ask", clip, questions[0], "--show-plan")
+    for question in questions:
+        av_llava("ask", clip, question, "--max-tokens", "48")
+        if len(sys.argv) == 1:
+            print(f"(Right is: {QUESTIONS[question]}.)", flush=True)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_files(folder: Path) -> Path:
     """Fill a folder with the files that the pages speak of."""
     make_clip(folder / "clip.mp4", seconds=6, fps=10)
-    demo().write_clip(folder / "demo" / "clip.mp4")
+    demo().write(folder / "demo" / "clip.mp4")
     make_clip(folder / "silent.mp4", seconds=2, audio=None)
     make_clip(folder / "sound.wav", seconds=2, video=False)
     photo().save(folder / "photo.jpg")

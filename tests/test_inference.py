@@ -277,9 +277,18 @@ def test_text_alone_and_stop_texts(m):
     assert cut.text == free.text[: free.text.index(stop)].strip() and cut.finish_reason == "stop"
 
 
-def test_the_default_model_says_that_it_is_random():
+def test_the_default_model_is_the_one_that_ships():
+    m = av_llava.load(device="cpu")
+    assert m.name == "av-llava-tiny" and not m.is_random
+    assert av_llava.describe(None)["name"] == m.name
+    assert m.ask(None, "Hi", max_new_tokens=1).model == m.name
+
+
+def test_a_model_that_stands_in_for_a_missing_one_says_that_it_is_random(monkeypatch, tmp_path):
+    monkeypatch.setattr("av_llava.demo_model.SHIPPED", tmp_path / "none")
     m = av_llava.load(device="cpu")
     assert m.is_random and "random" in m.name
+    assert av_llava.describe(None)["name"] == m.name
     assert m.ask(None, "Hi", max_new_tokens=1).model == m.name
 
 

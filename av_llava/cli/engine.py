@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from av_llava.media import MediaInfo
 
 RANDOM = (
-    "this model is random: no trained weights ship yet, so its answers mean nothing. "
-    "Name a checkpoint with --model."
+    "this model is random: the small trained model that ships is missing from this installation, "
+    "so its answers mean nothing. Name a checkpoint with --model."
 )
 
 

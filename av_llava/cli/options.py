@@ -77,8 +77,8 @@ Model = Annotated[
         "--model",
         metavar="PATH|ID",
         envvar="AV_LLAVA_MODEL",
-        help="Folder or hub id of the model. Until trained weights ship, the default is a tiny "
-        "model with random weights.",
+        help="Folder or hub id of the model. The default is av-llava-tiny, which knows only the "
+        "synthetic world of docs/tiny.md.",
     ),
 ]
 Device = Annotated[

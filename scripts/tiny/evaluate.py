@@ -155,15 +155,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the answers and the table")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    conditions = tuple(given.conditions.split(","))
     model = av_llava.load(given.model)
-    rows = evaluate(model, given.clips, given.seed, tuple(given.conditions.split(",")))
+    rows = evaluate(model, given.clips, given.seed, conditions)
     lines = table(rows)
-    print(f"{model.name}: {given.clips} clips of seed {given.seed}, right answers in %\n")
-    print(markdown(lines))
     if given.out:
         data = {"seed": given.seed, "clips": given.clips, "table": lines}
         data["rows"] = [asdict(r) | {"right": r.right} for r in rows]
         given.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(f"{model.name}: {given.clips} clips of seed {given.seed}, right answers in %\n")
+    print(markdown(lines) if lines else "No table: the condition 'whole' was left out.")
 
 
 if __name__ == "__main__":

@@ -242,6 +242,6 @@ def test_an_unfit_checkpoint_is_a_checkpoint_error(cli_run, clip, checkpoint, tm
 def test_the_whole_program(clip: str) -> None:
     done = program("ask", clip, stdin="What happens?\n")
     assert done.code == 0 and done.out.endswith("\n")
-    warning, *_, used = done.err.splitlines()
-    assert "random" in warning and used.startswith("video 16/20 frames")
-    assert len(done.err.splitlines()) <= 3  # nothing of what libraries say
+    *other, used = done.err.splitlines()
+    assert "random" not in done.err and used.startswith("video 12/20 frames")
+    assert len(other) <= 1  # nothing of what libraries say

@@ -101,8 +101,12 @@ def words(bench, out, *more):
 def test_an_experiment_from_the_shell(bench, eval_, tmp_path, monkeypatch):
     monkeypatch.setattr("av_llava.demo_model.SHIPPED", tmp_path / "left out")
     out = tmp_path / "run"
-    code, said, noted = eval_(*words(bench, out, "--audio", "on,off,swap", "--text-only"))
+    code, said, noted = eval_(
+        *words(bench, out, "--audio", "on,off,swap", "--text-only", "--report")
+    )
     assert code == 0, noted
+    assert "report.html" in noted
+    assert "Our own: the model that comes with av-llava" in (out / "report.md").read_text()
     assert "Our own (test): accuracy" in said
     for arm in ("audio on", "audio off", "audio swap", "text only"):
         assert f"  {arm}" in said
