@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
+import typing
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
-from av_llava.errors import UsageError
-from av_llava.training.settings import TrainSettings
+from av_llava.errors import UsageError, unknown_name
+from av_llava.settings import check_whole
+from av_llava.training.recipe import typed
+from av_llava.training.settings import FIXED, TrainSettings
 
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1.0,
@@ -33,13 +41,22 @@ DEFAULTS: dict[str, Any] = {
     # All ranks have one graph (missing modalities run a dummy), so that nothing is left over.
     "ddp_find_unused_parameters": False,
 }
-_FIXED: dict[str, Any] = {
-    "logging_nan_inf_filter": False,  # a loss that is no number ends the run
-    "remove_unused_columns": False,
-    "disable_tqdm": True,  # callbacks.py shows progress
-    "average_tokens_across_devices": True,
-    "restore_callback_states_from_checkpoint": False,
+_RANGES: dict[str, tuple[float, bool]] = {
+    "learning_rate": (0, True),
+    "weight_decay": (0, True),
+    "max_grad_norm": (0, True),
+    "warmup_steps": (0, True),
+    "warmup_ratio": (0, True),
+    "adam_epsilon": (0, True),
+    "num_train_epochs": (0, False),
+    "gradient_accumulation_steps": (1, True),
+    "logging_steps": (0, False),
+    "save_steps": (0, False),
+    "eval_steps": (0, False),
+    "save_total_limit": (1, True),
 }
+"""Field → its lower bound, and whether that itself is allowed; the library lets some mistakes
+through."""
 
 
 def training_arguments(settings: TrainSettings, output: Path) -> TrainingArguments:
@@ -50,9 +67,10 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
             needs is not installed.
     """
     given = dict(settings.training)
-    _check_names(given)
+    given = {key: _checked(key, value) for key, value in given.items()}
     if "report_to" not in given:
         given["report_to"] = ["tensorboard"] if _is_there("tensorboard") else []
+    _check_loggers(given["report_to"])
     if given.get("deepspeed") and not _is_there("deepspeed"):
         raise UsageError(
             "training.deepspeed needs the package deepspeed, which does not come with this one: "
@@ -60,7 +78,7 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
         )
     if not torch.accelerator.is_available():
         given.setdefault("use_cpu", True)  # else bf16 is refused
-    values = {**DEFAULTS, **given, **_FIXED}
+    values = {**DEFAULTS, **given, **FIXED}
     values |= {
         "output_dir": str(output),
         "seed": settings.seed,
@@ -75,17 +93,50 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
         raise UsageError(f"transformers refuses the section training: {said}") from error
 
 
-def _check_names(given: dict[str, Any]) -> None:
+def _checked(key: str, value: Any) -> Any:
+    """A value of the section, of the type that its field has.
+
+    Raises:
+        UsageError: no such field, another type, or out of range.
+    """
     known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
-    for key in given:
-        if key in _FIXED:
-            raise UsageError(f"training.{key} is always {_FIXED[key]}; leave it out.")
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean 'training.{close[0]}'?" if close else ""
+    path = f"training.{key}"
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f" Did you mean 'training.{close[0]}'?" if close else ""
+        raise UsageError(
+            f"Unknown key {path!r}: TrainingArguments of this version of transformers have no such "
+            f"field.{hint}"
+        )
+    if key == "max_steps" and value != -1:
+        value = typed(int, value, path, "the recipe")
+        check_whole(path, value, 1)
+    wanted = _hints()[key]
+    if set(typing.get_args(wanted) or (wanted,)) <= {bool, int, float, type(None)}:
+        value = typed(wanted, value, path, "the recipe")
+    if key in _RANGES and value is not None:
+        least, itself = _RANGES[key]
+        if value < least or (value == least and not itself):
+            bound = f"at least {least:g}" if itself else f"more than {least:g}"
+            raise UsageError(f"{path} must be {bound}, not {value!r}.")
+    return value
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(TrainingArguments)
+
+
+def _check_loggers(names: Any) -> None:
+    """Refuse a service that transformers does not know, or whose package is not installed."""
+    for name in [names] if isinstance(names, str) else names or []:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown_name("service of training.report_to", name, INTEGRATION_TO_CALLBACK)
+        if name not in get_available_reporting_integrations():
             raise UsageError(
-                f"Unknown key 'training.{key}': TrainingArguments of this version of transformers "
-                f"have no such field.{hint}"
+                f"training.report_to={name} needs the package of {name}, which is not installed."
             )
 
 

@@ -197,6 +197,12 @@ def feature_cache(
         return None
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else ""
     folder = Path(data.feature_cache).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"data.feature_cache: {folder} cannot be made a folder ({error.strerror})."
+        ) from error
     store = FeatureStore(folder, int(data.feature_cache_gib * GIB))
     return CachedMedia(store, TowerKeys.of(model.model, precision=precision), precision)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import re
 import types
 import typing
@@ -196,15 +197,25 @@ def _build(cls: type[S], data: Any, path: str, source: str) -> S:
         here = f"{path}.{key}" if path else str(key)
         if key not in known:
             raise _unknown("key", here, [f"{path}.{k}" if path else k for k in known], source)
-        given[str(key)] = _typed(hints[key], value, here, source)
+        given[str(key)] = typed(hints[key], value, here, source)
     try:
         return cls(**given)
     except UsageError as error:
         raise UsageError(f"{source}: {path + ': ' if path else ''}{error}") from error
 
 
-def _typed(wanted: Any, value: Any, path: str, source: str) -> Any:
-    """A value of YAML as the type of its field."""
+def typed(wanted: Any, value: Any, path: str, source: str) -> Any:
+    """A value of YAML as the type of its field.
+
+    Args:
+        wanted: the field's annotation.
+        value: of the file.
+        path: the dotted way to it, for errors.
+        source: the file, for errors.
+
+    Raises:
+        UsageError: it is of another type.
+    """
     options = _options(wanted)
     if value is None:
         if type(None) in options:
@@ -236,12 +247,14 @@ def _fitting(option: Any, value: Any, path: str, source: str) -> Any:
         if not isinstance(value, (list, tuple)):
             return _NO
         (kind, *_) = typing.get_args(option) or (Any,)
-        return tuple(_typed(kind, v, f"{path}[{i}]", source) for i, v in enumerate(value))
+        return tuple(typed(kind, v, f"{path}[{i}]", source) for i, v in enumerate(value))
     if origin is Mapping:
         return dict(value) if isinstance(value, Mapping) else _NO
     if option is bool:
         return value if isinstance(value, bool) else _NO
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and not math.isfinite(value) and option is not str:
+        return _NO
     if option is int:
         return int(value) if number and value == int(value) else _NO
     if option is float:

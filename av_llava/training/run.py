@@ -166,7 +166,7 @@ def _begin(
     folder: RunFolder, settings: TrainSettings, checkpoint: Path | None, hooks: Hooks
 ) -> None:
     """Write what is run, or check that it is what was run."""
-    if folder.recipe.is_file():
+    if folder.is_used:
         _same_recipe(recipe.settings_from(recipe.read_yaml(folder.recipe)), settings, folder)
         if checkpoint is None:
             hooks.say(f"{folder.path} holds no checkpoint yet: the run begins anew.")

@@ -60,10 +60,14 @@ class RunFolder:
 
     @property
     def is_used(self) -> bool:
-        """Whether a run was begun here, or anything else lies here."""
-        if not self.path.exists():
-            return False
-        return any(p.name != _LOCK for p in self.path.iterdir())
+        """Whether a run took a step here, or anything else lies here.
+
+        What a run leaves that was refused before its first step is no use: its recipe is corrected,
+        and started again.
+        """
+        names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
+        names = {n for n in names if n != _LOCK and not _PARTIAL.fullmatch(n)}
+        return bool(names) and not ({RECIPE, RECORD} <= names <= {RECIPE, RECORD, LENGTHS})
 
     @property
     def is_finished(self) -> bool:
@@ -90,8 +94,14 @@ class RunFolder:
             raise UsageError(
                 f"The folder {self.path} holds no run that could be resumed (no {RECIPE})."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = open(self.path / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115  held until the end
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115  held to the end
+        except OSError as error:
+            raise UsageError(
+                f"The output folder {self.path} cannot be written: {error.strerror}. Name another "
+                f"one (output=...)."
+            ) from error
         try:
             _lock(lock)
         except OSError as error:

@@ -355,6 +355,9 @@ class TrainSettings(Settings):
         for key, ours in OURS.items():
             if key in self.training:
                 raise UsageError(f"training.{key} is set by {ours}: write it there.")
+        for key, value in FIXED.items():
+            if key in self.training:
+                raise UsageError(f"training.{key} is always {value}; leave it out.")
         if self.model.quantize and self.trainable.language_model.train not in ("lora", "freeze"):
             raise UsageError(
                 f"model.quantize={self.model.quantize} keeps the language model's layers in "
@@ -388,9 +391,17 @@ OURS: dict[str, str] = {
     "torch_compile": "compile",
     "resume_from_checkpoint": "--resume",
     "train_sampling_strategy": "batch",
-    "remove_unused_columns": "av_llava",
 }
 """Fields of TrainingArguments that a recipe may not set, and what sets them instead."""
+
+FIXED: dict[str, Any] = {
+    "logging_nan_inf_filter": False,  # a loss that is no number ends the run
+    "remove_unused_columns": False,
+    "disable_tqdm": True,  # callbacks.py shows progress
+    "average_tokens_across_devices": True,
+    "restore_callback_states_from_checkpoint": False,
+}
+"""Fields of TrainingArguments that have one value here, which a recipe may not set either."""
 
 
 def field_names(settings: type[Settings]) -> list[str]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from av_llava.errors import UsageError
+from av_llava.training import arguments as ours
 from av_llava.training.arguments import training_arguments
-from av_llava.training.settings import TrainSettings
+from av_llava.training.settings import FIXED, TrainSettings
 
 
 def arguments(tmp_path, **training):
@@ -24,7 +25,43 @@ def test_a_recipe_for_a_gpu_runs_on_a_processor_alone(tmp_path):
 def test_names_are_checked_and_what_is_fixed_cannot_be_set(tmp_path):
     with pytest.raises(UsageError, match=r"Did you mean 'training\.learning_rate'"):
         arguments(tmp_path, learning_rat=1e-3)
-    with pytest.raises(UsageError, match="set by av_llava"):
-        arguments(tmp_path, remove_unused_columns=True)
+    for name in FIXED:
+        with pytest.raises(UsageError, match=f"training.{name} is always"):
+            arguments(tmp_path, **{name: True})
     with pytest.raises(UsageError, match="refuses the section training"):
         arguments(tmp_path, eval_strategy="sometimes")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"learning_rate": "fast"}, "training.learning_rate must be a number, not 'fast'"),
+        ({"learning_rate": -1}, "training.learning_rate must be at least 0, not -1"),
+        ({"learning_rate": float("nan")}, "training.learning_rate must be a number, not nan"),
+        ({"num_train_epochs": "x"}, "training.num_train_epochs must be a number"),
+        ({"num_train_epochs": 0}, "training.num_train_epochs must be more than 0"),
+        ({"bf16": "sure"}, "training.bf16 must be true or false, not 'sure'"),
+        ({"max_steps": -5}, "training.max_steps must be a whole number of at least 1, not -5"),
+        ({"max_steps": 2.5}, "training.max_steps must be a whole number, not 2.5"),
+        ({"save_steps": "soon"}, "training.save_steps must be a number"),
+        ({"logging_steps": 0}, "training.logging_steps must be more than 0"),
+        ({"save_total_limit": 0}, "training.save_total_limit must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"report_to": "nothere"}, "Unknown service of training.report_to 'nothere'"),
+        ({"report_to": ["wanb"]}, "Did you mean 'wandb'"),
+    ],
+)
+def test_values_of_another_type_or_out_of_range(tmp_path, given, said):
+    with pytest.raises(UsageError, match=said):
+        arguments(tmp_path, **given)
+
+
+def test_a_service_whose_package_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ours, "get_available_reporting_integrations", list)
+    with pytest.raises(UsageError, match="needs the package of wandb"):
+        arguments(tmp_path, report_to=["wandb"])
+
+
+def test_what_fits_is_taken_as_it_is(tmp_path):
+    args = arguments(tmp_path, learning_rate=1, max_steps=-1, save_total_limit=None, tf32=None)
+    assert (args.learning_rate, args.max_steps, args.save_total_limit) == (1.0, -1, None)

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ from av_llava.training.feature_cache import (
     digest_of,
     identity_of,
 )
+from av_llava.training.prepare import feature_cache
+from av_llava.training.settings import DataSettings, TrainSettings
 
 torch.set_num_threads(1)
 GIB = 2**30
@@ -413,3 +416,10 @@ def test_a_recipe_trains_alike_with_and_without(tmp_path, bf16):
         assert any(epoch >= 1 for epoch in ran) == (name == "plain")
     assert found[0] == pytest.approx(found[1], rel=1e-5 if not bf16 else 1e-3)
     assert len(entries(tmp_path / "kept")) == 5
+
+
+def test_a_file_is_no_folder_for_features(tmp_path):
+    (tmp_path / "file").write_text("")
+    settings = TrainSettings(data=DataSettings(feature_cache=str(tmp_path / "file")))
+    with pytest.raises(UsageError, match="data.feature_cache: .*file cannot be made a folder"):
+        feature_cache(settings, SimpleNamespace(bf16=False, fp16=False), None)

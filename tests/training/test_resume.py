@@ -266,6 +266,31 @@ def test_a_run_that_never_saved_begins_anew(place: Path, tmp_path: Path) -> None
     assert sorted(losses(output)) == [1, 2] and 99.0 not in losses(output).values()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_was_refused_is_corrected_and_started_again(place, tmp_path, resume) -> None:
+    wrong = recipe(tmp_path / "nowhere", place / "data.jsonl", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        train(wrong)
+    left = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert left == [".lock", "recipe.yaml", "run.json"]
+    right = recipe(
+        place / "base", place / "data.jsonl", tmp_path / "out", training={"max_steps": 1}
+    )
+    assert train(right, resume=resume).is_dir()
+
+
+def test_a_recipe_of_ones_own_is_not_written_over(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("mine: true")
+    with pytest.raises(UsageError, match="is not empty"):
+        RunFolder(tmp_path).claim(resume=False)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"out cannot be written: Not a directory"):
+        RunFolder(tmp_path / "file" / "out").claim(resume=False)
+
+
 def test_the_log_is_cut_where_the_run_goes_on(tmp_path: Path) -> None:
     rows = [{"step": n, "loss": n} for n in range(1, 6)]
     text = "".join(json.dumps(r) + "\n" for r in rows) + '{"step": 6, "lo'
