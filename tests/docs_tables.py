@@ -44,6 +44,7 @@ PAGES = (
     "docs/checkpoints.md",
     "docs/quantization.md",
     "docs/world.md",
+    "docs/tiny.md",
     "docs/data.md",
 )
 BLOCK = re.compile(r"(<!-- table (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -33,7 +33,7 @@ def test_the_demo_asks_what_its_clip_shows() -> None:
         f"What colour is the {mover.shape}?": mover.colour,
         f"Which shape is {still.colour}?": still.shape,
     }
-    assert demo.QUESTIONS == expected
+    assert expected == demo.QUESTIONS
 
 
 @pytest.mark.slow
