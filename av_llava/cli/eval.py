@@ -62,7 +62,17 @@ def list_tasks(as_json: e.AsJson = False) -> int:
     tasks = [get_task(name) for name in task_names()]
     output = Output(as_json)
     if as_json:
-        keys = ("name", "title", "version", "needs", "splits", "groupings", "headline", "hears")
+        keys = (
+            "name",
+            "title",
+            "version",
+            "needs",
+            "splits",
+            "groupings",
+            "headline",
+            "hears",
+            "styles",
+        )
         rows = [{key: getattr(task, key) for key in keys} for task in tasks]
         output.data({"schema": SCHEMA, "tasks": rows})
         return 0

@@ -126,6 +126,9 @@ Compat = Annotated[
         "--compat", metavar="NAME", help="Also score by another harness's rules: lmms (lmms-eval)."
     ),
 ]
+Report = Annotated[
+    bool, typer.Option("--report", help="Also write report.md and report.html, as `eval report`.")
+]
 JudgeUrl = Annotated[
     str | None,
     typer.Option(

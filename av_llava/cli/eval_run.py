@@ -66,6 +66,7 @@ def command(
     no_retry_failed: e.NoRetry = False,
     max_failures: e.MaxFailures = 0.01,
     compat: e.Compat = None,
+    report: e.Report = False,
     as_json: e.AsJson = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = 0,
@@ -88,6 +89,10 @@ def command(
     from av_llava_eval.task import check_compat, get_task
 
     check_compat(compat)
+    if report:
+        from av_llava_eval.report.plots import need_matplotlib
+
+        need_matplotlib()
     place = place_of(os.environ)
     loading = o.Loading(model, device, dtype, attn, quantize, base)
     loading.check()
@@ -120,9 +125,18 @@ def command(
         lambda: _answerer(loading, place, media, settings.arms, output),
         settings,
         place=place,
+        about=_about(loading),
         on_progress=_teller(output, place),
     )
-    return _finish(folder, outcome, max_failures, compat, place, output)
+    return _finish(folder, outcome, max_failures, compat, place, report, output)
+
+
+def _about(loading: o.Loading) -> dict[str, str]:
+    """How the model was asked for, for readers of a report."""
+    given = {"model": loading.model or "the model that comes with av-llava", "base": loading.base}
+    given |= {"device": loading.device, "dtype": loading.dtype, "attn": loading.attn}
+    given |= {"quantize": loading.quantize}
+    return {k: str(v) for k, v in given.items() if v is not None}
 
 
 def _media_settings(
@@ -218,9 +232,10 @@ def _finish(
     max_failures: float,
     compat: str | None,
     place: Place,
+    report: bool,
     output: Output,
 ) -> int:
-    """Score a complete run; say what failed."""
+    """Score a complete run, write a report if asked to; say what failed."""
     if not outcome.complete:
         output.note(f"{folder}: this process is done; others have answers to give.")
         return 0
@@ -230,9 +245,15 @@ def _finish(
     else:
         for line in lines_of(found):
             output.answer(line)
-        output.note(
-            f"Answers and scores are in {folder}; av-llava eval report {folder} shows them."
-        )
+        if not report:
+            output.note(
+                f"Answers and scores are in {folder}; av-llava eval report {folder} shows them."
+            )
+    if report:
+        from av_llava_eval.report import write_report
+
+        _, page = write_report([folder], compat=compat)
+        output.note(f"Answers, scores and report are in {folder}: {page}")
     if outcome.failed_share > max_failures:
         output.warn(
             f"{outcome.failed} of {outcome.answers} answers failed and count as wrong; the same "

@@ -119,7 +119,8 @@ class RunFolder:
             raise DataError(f"{file} cannot be read ({error}). It is needed to go on.") from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise DataError(f"{file} is no manifest of a run of this program ({SCHEMA}).")
-        identity, about = data.get("identity"), data.get("about")
+        identity: Any = data.get("identity")
+        about: Any = data.get("about")
         if not _holds(identity, _IDENTITY) or not _holds(about, ("data",)):
             raise DataError(f"{file} is damaged: it does not say what the run is.")
         return Manifest(identity, about)

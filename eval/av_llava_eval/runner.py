@@ -128,6 +128,7 @@ def run(
     settings: RunSettings | None = None,
     *,
     place: Place | None = None,
+    about: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
     """Run a task, or go on with it.
@@ -140,6 +141,7 @@ def run(
             called when nothing is left to ask.
         settings: how.
         place: of this process among several.
+        about: further facts for the manifest, such as the model's name; they identify nothing.
         on_progress: called after every clip.
 
     Raises:
@@ -160,7 +162,8 @@ def run(
         if left or not known:
             answerer = make_answerer()
             identity = job.identity(answerer.fingerprint())
-            manifest = Manifest(identity, _about(task, root, problems))
+            facts = {**(about or {}), **_about(task, root, problems)}
+            manifest = Manifest(identity, facts)
             runs.begin(manifest, (sample_row(s, root) for s in samples))
             with AnswerFile(runs.path, place) as file:
                 if file.torn:

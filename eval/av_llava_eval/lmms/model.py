@@ -8,10 +8,8 @@ which lmms-eval counts as wrong and does not cache, and is logged; ``on_error=ra
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from tqdm import tqdm
 
 import av_llava
 from av_llava.errors import AVLlavaError, BudgetError, MediaError, UsageError
+from av_llava_eval.fingerprint import model_fingerprint
 from av_llava_eval.lmms.requests import Talk, group_key, read_options, read_talk
 
 
@@ -91,7 +90,8 @@ class AVLlavaChat(lmms):
         self.batch_size = 4 if batch_size == "auto" else int(batch_size)
         self.n_failed = 0
         # Read by lmms-eval's cache after the model is made: a restart finds its own answers.
-        os.environ.setdefault("LMMS_CACHE_RUN_ID", f"av_llava-{_weights_digest(pretrained)}")
+        parts = model_fingerprint(self.owner)
+        os.environ.setdefault("LMMS_CACHE_RUN_ID", "-".join(["av_llava", *parts.values()]))
 
     @property
     def device(self) -> Any:
@@ -161,13 +161,3 @@ class AVLlavaChat(lmms):
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Not offered: tasks of this kind ask again after seeing an answer."""
         raise AVLlavaError("av_llava answers generate_until tasks only, not multi-round ones.")
-
-
-def _weights_digest(path: str | None) -> str:
-    """Changes when a checkpoint's files change."""
-    found = hashlib.sha256(str(path).encode())
-    folder = Path(path or "")
-    for file in sorted(folder.iterdir()) if path and folder.is_dir() else ():
-        stat = file.stat()
-        found.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return found.hexdigest()[:16]

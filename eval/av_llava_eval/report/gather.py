@@ -236,8 +236,7 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _named(run: Scored) -> str:
-    model = run.manifest.identity.get("model")
-    name = model.get("name") if isinstance(model, Mapping) else model
+    name = run.manifest.about.get("model")
     return Path(str(name)).name if name else run.folder.name
 
 

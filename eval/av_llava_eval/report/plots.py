@@ -11,6 +11,7 @@ import io
 import re
 import textwrap
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -220,11 +221,16 @@ def _stages(columns: Sequence[Column]) -> list[str]:
 # -------------------------------------------------------------------- drawing
 
 
+def need_matplotlib() -> None:
+    """Raise MissingExtraError before a long run whose report could not be drawn."""
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "eval", "Drawing the plots of a report")
+
+
 def _figure(height: float) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "eval", "Drawing the plots of a report") from error
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.tick_params(colors=INK, labelsize=9)
