@@ -80,7 +80,8 @@ class MediaOptions:
         A sound file or mode of the part goes before the request's, except that "off" leaves out
         the sound of every video.
         """
-        changes = {k: getattr(part, k) for k in ("frames", "fps") if getattr(part, k) is not None}
+        own = {k: getattr(part, k) for k in ("frames", "fps", "source_fps")}
+        changes = {k: v for k, v in own.items() if v is not None}
         window = {k: getattr(part, k) for k in ("start_s", "end_s") if getattr(part, k) is not None}
         audio = self.audio
         if part.audio is not None and not (isinstance(audio, str) and audio == "off"):

@@ -35,6 +35,7 @@ SAMPLING_KEYS: dict[str, str] = {
     "frames": "frames",
     "num_frames": "frames",
     "nframes": "frames",
+    "source_fps": "source_fps",
 }
 """Spellings of the options that a content part may carry → field of :class:`MediaPart`."""
 
@@ -70,6 +71,8 @@ class MediaPart:
     """Upper bound of the number of frames; None leaves the processor's setting."""
     audio: str | None = None
     """The sound of a video: auto, on, off, or a sound file; None leaves the request's setting."""
+    source_fps: float | None = None
+    """Frames per second of a folder of pictures; None leaves the processor's setting."""
 
     def __post_init__(self) -> None:
         if self.kind not in MEDIA_TOKENS:
@@ -77,6 +80,7 @@ class MediaPart:
         _check_number("start of a medium in seconds", self.start_s, 0.0)
         _check_number("end of a medium in seconds", self.end_s, 0.0)
         _check_number("fps of a medium", self.fps, 1e-6)
+        _check_number("source_fps of a medium", self.source_fps, 1e-6)
         _check_number("number of frames of a medium", self.frames, 1)
         if self.end_s is not None and self.end_s <= (self.start_s or 0.0):
             raise UsageError(f"A {self.kind} cannot end at {self.end_s} s, not after its start.")

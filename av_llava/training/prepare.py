@@ -253,11 +253,14 @@ def media_options(settings: TrainSettings, model: AVLlava) -> MediaOptions:
     options = model.processor.media_options(
         frames=data.frames,
         fps=data.fps,
+        source_fps=data.source_fps,
         audio=data.audio,
         time_instruction=data.time_instruction,
     )
     limits = options.limits.replace(max_decode_s=data.max_decode_s)
-    model.processor.config.sampling = options.sampling
+    # The rate of folders is the data's, not the model's.
+    given = model.processor.config.sampling.source_fps
+    model.processor.config.sampling = options.sampling.replace(source_fps=given)
     return MediaOptions(options.sampling, audio=options.audio, limits=limits)
 
 

@@ -148,6 +148,7 @@ def part_options(part: MediaPart) -> dict[str, Any]:
         "fps": part.fps,
         "frames": part.frames,
         "audio": part.audio,
+        "source_fps": part.source_fps,
     }
     return {k: v for k, v in options.items() if v is not None}
 

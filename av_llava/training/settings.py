@@ -117,6 +117,9 @@ class DataSettings(Settings):
     """Upper bound of frames a video; None is the model's own."""
     fps: float | None = None
     """Frames per second to sample, up to ``frames``."""
+    source_fps: float | None = None
+    """Frames per second of videos that are folders of pictures, where a row says nothing of it;
+    None is one, or what the model was trained with."""
     audio: str = "auto"
     """The sound of videos: auto (if there is one), on (must be there), off."""
     time_instruction: bool | None = None
@@ -143,6 +146,7 @@ class DataSettings(Settings):
         check_choice("data.audio", self.audio, ("auto", "on", "off"))
         check_range("data.frames", self.frames, 1)
         check_range("data.fps", self.fps, 1e-6)
+        check_range("data.source_fps", self.source_fps, 1e-6)
         check_range("data.max_length", self.max_length, 1)
         check_range("data.max_decode_s", self.max_decode_s, 0.1)
 

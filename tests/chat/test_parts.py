@@ -59,6 +59,10 @@ ENCODED = base64.b64encode(SOUND).decode()
             MediaPart("video", "v", start_s=1, end_s=2.5, fps=2, frames=8),
         ),
         (
+            {"type": "video", "path": "frames", "source_fps": 2},
+            MediaPart("video", "frames", source_fps=2),
+        ),
+        (
             {"type": "video", "path": "v", "video_start": 1, "video_end": 2, "nframes": 4},
             MediaPart("video", "v", start_s=1, end_s=2, frames=4),
         ),
@@ -93,6 +97,7 @@ def test_spelling(part, expected):
         ({"type": "video", "path": "v", "start": "0:10"}, "'0:10'"),
         ({"type": "video", "path": "v", "end": float("nan")}, "nan"),
         ({"type": "video", "path": "v", "fps": 0}, "fps of a medium"),
+        ({"type": "video", "path": "v", "source_fps": "x"}, "source_fps of a medium"),
         ({"type": "video", "path": "v", "frames": 0}, "number of frames"),
         ({"type": "video", "path": "v", "frames": 8, "nframes": 9}, "twice"),
     ],

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import pickle
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +18,11 @@ from training_data import dataset_of, make_media, sample, some_samples
 
 from av_llava.chat import MediaPart, Message, TextPart
 from av_llava.errors import DataError
+from av_llava.training import open_store
 from av_llava.training.batching import PlannedBatch, TokenBudgetBatchSampler
 from av_llava.training.collate import as_is
+from av_llava.training.dataset import TrainingDataset
+from av_llava.training.index import build_index
 from av_llava.training.samples import Sample
 
 torch.set_num_threads(1)
@@ -329,3 +335,30 @@ def test_a_video_may_bring_its_own_sound_file(media, processor):
     data = dataset_of([sample(0, own), sample(1, ("video", media["silent"]))], processor)
     info = data.__getitems__([0, 1])["info"]
     assert info.tokens["audio"] > 0 and info.lengths[0] > info.lengths[1]
+
+
+def test_folders_of_frames_have_rates_of_their_own(media, tmp_path):
+    """LLaVA-Video-178K has folders with two pictures a second; other sources, other rates."""
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for i in range(8):
+        shutil.copy(media["picture"], frames / f"{i}{Path(media['picture']).suffix}")
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A ball."}]
+    rows = [
+        {"video": "frames", "conversations": turns},
+        {"video": {"path": "frames", "source_fps": 4}, "conversations": turns},
+    ]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    _, processor = tiny()
+    store = open_store(tmp_path / "d.json")
+    assert Sample.from_row(store[1].to_row()) == store[1]
+    counts = []
+    for changes in ({}, {"source_fps": 2.0}):
+        options = processor.media_options(fps=1.0, frames=8, **changes)
+        index = build_index(store, processor, options)
+        data = TrainingDataset(store, processor, options, index)
+        batches = [data[row] for row in (0, 1)]
+        assert [b["info"].lengths[0] for b in batches] == index.lengths.tolist()
+        counts.append([len(b["pixel_values_videos"]) for b in batches])
+    # Eight pictures are eight seconds, four, or two; one frame a second is looked at.
+    assert counts == [[8, 2], [4, 2]]
