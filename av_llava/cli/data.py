@@ -7,9 +7,7 @@ Contract: what is printed on stdout is the report; progress and notes go to stde
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,14 +17,13 @@ import typer
 from av_llava.answers import SCHEMA
 from av_llava.cli import data_synth, engine
 from av_llava.cli import options as o
+from av_llava.cli.data_words import index_data, index_lines, statistics_lines, validation_lines
 from av_llava.cli.failures import ROWS_FAILED
 from av_llava.cli.output import Output, configure_logging
 from av_llava.errors import UsageError
 
 if TYPE_CHECKING:
     from av_llava.training.index import LengthIndex
-    from av_llava.training.report import Validation
-    from av_llava.training.statistics import Statistics
     from av_llava.training.store import SampleStore
 
 Path_ = Annotated[str | None, typer.Argument(metavar="PATH", hidden=True)]
@@ -116,7 +113,7 @@ def validate(
     if as_json:
         output.data({"schema": SCHEMA, **found.to_dict()})
     else:
-        output.answer("\n".join(_validation_lines(found, report.PROBLEMS, report.WARNINGS)))
+        output.answer("\n".join(validation_lines(found, report.PROBLEMS, report.WARNINGS)))
     failed = found.n_bad or (strict and found.warnings.total())
     return ROWS_FAILED if failed else 0
 
@@ -179,7 +176,7 @@ def stats(
     if as_json:
         output.data({"schema": SCHEMA, **found.to_dict()})
     else:
-        output.answer("\n".join(_statistics_lines(found)))
+        output.answer("\n".join(statistics_lines(found)))
     return 0
 
 
@@ -272,9 +269,9 @@ def index(
     request = o.Request(frames=frames, fps=fps, audio=audio)
     found = _measured(store, model, request, file, workers, output, retry_errors)
     if as_json:
-        output.data({"schema": SCHEMA, "file": str(file), **_index_data(found)})
+        output.data({"schema": SCHEMA, "file": str(file), **index_data(found)})
     else:
-        output.answer("\n".join(_index_lines(found, file)))
+        output.answer("\n".join(index_lines(found, file)))
     return ROWS_FAILED if found.errors else 0
 
 
@@ -344,69 +341,3 @@ def _progress(output: Output, total: int, unit: str) -> Iterator[Callable[[int, 
             bar.update(done - bar.n)
 
         yield progress
-
-
-# ------------------------------------------------------------------ words for people
-
-
-def _validation_lines(
-    found: Validation, problems: Mapping[str, str], warnings: Mapping[str, str]
-) -> list[str]:
-    lines = [f"{found.n_rows:,} rows, {found.n_bad:,} that cannot be used"]
-    decoded = f", {found.n_decoded:,} decoded on trial" if found.n_decoded else ""
-    lines.append(f"{found.n_media:,} media named{decoded}")
-    for title, counted, words in (
-        ("problem", found.problems, problems),
-        ("warning", found.warnings, warnings),
-    ):
-        for kind, n in counted.most_common():
-            lines += ["", f"{title}: {kind}, {n:,} ({words.get(kind, 'said by a reader')})"]
-            shown = [f for f in found.findings if f.kind == kind]
-            lines += [f"  {f.where}: {f.text}" for f in shown]
-            if n > len(shown):
-                lines.append(f"  … and {n - len(shown):,} more")
-    return lines
-
-
-def _statistics_lines(found: Statistics) -> list[str]:
-    from av_llava.training.statistics import Histogram
-
-    lines = [f"{found.n_rows:,} rows, {found.n_bad:,} that cannot be used"]
-    counted: tuple[tuple[str, Counter[Any]], ...] = (
-        ("modality", found.modalities),
-        ("source", found.sources),
-        ("answers in a row", Counter(dict(sorted(found.turns.items())))),
-        ("media", found.media),
-    )
-    for title, counter in counted:
-        lines += ["", title]
-        width = max((len(str(k)) for k in counter), default=0)
-        lines += [f"  {k!s:<{width}}  {n:,}" for k, n in counter.items()]
-    lines += ["", f"{found.unit} of a row"]
-    lines += [f"  {k:<6}  {v:,.0f}" for k, v in found.summary().items()]
-    if found.n_supervised is not None:
-        lines.append(f"  learned {found.n_supervised:,}")
-    lines += [f"  {line}" for line in Histogram.of(found.lengths).lines()]
-    return lines
-
-
-def _index_data(found: LengthIndex) -> dict[str, Any]:
-    return {
-        "rows": len(found),
-        "bad_rows": len(found.errors),
-        "tokens": int(found.lengths.sum(dtype="int64")),
-        "supervised_tokens": int(found.supervised.sum(dtype="int64")),
-        "longest": int(found.lengths.max(initial=0)),
-        "errors": [{"row": k, "error": v} for k, v in sorted(found.errors.items())][:100],
-    }
-
-
-def _index_lines(found: LengthIndex, file: Path) -> list[str]:
-    data = _index_data(found)
-    mean = data["tokens"] / max(1, len(found) - len(found.errors))
-    lines = [
-        f"{file}: {data['rows']:,} rows, {data['bad_rows']:,} that cannot be used",
-        f"{data['tokens']:,} tokens, {data['supervised_tokens']:,} of them learned; a row has "
-        f"{math.ceil(mean):,} on average, the longest {data['longest']:,}",
-    ]
-    return lines + [f"  {entry['error']}" for entry in data["errors"][:10]]

@@ -25,7 +25,8 @@ from transformers.integrations.integration_utils import (
 from av_llava.errors import UsageError, unknown_name
 from av_llava.settings import check_whole
 from av_llava.training.recipe import typed
-from av_llava.training.settings import FIXED, TrainSettings
+from av_llava.training.reserved import FIXED
+from av_llava.training.settings import TrainSettings
 
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1.0,

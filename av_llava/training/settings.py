@@ -15,6 +15,7 @@ from typing import Any
 from av_llava.errors import UsageError, unknown_name
 from av_llava.settings import Settings, check_choice, check_flag, check_range, check_whole
 from av_llava.training.bad_media import BadMediaSettings
+from av_llava.training.reserved import check_reserved
 
 PARTS = (
     "vision_tower",
@@ -356,12 +357,7 @@ class TrainSettings(Settings):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise UsageError(f"Two stages have the same name: {', '.join(names)}.")
-        for key, ours in OURS.items():
-            if key in self.training:
-                raise UsageError(f"training.{key} is set by {ours}: write it there.")
-        for key, value in FIXED.items():
-            if key in self.training:
-                raise UsageError(f"training.{key} is always {value}; leave it out.")
+        check_reserved(self.training)
         if self.model.quantize and self.trainable.language_model.train not in ("lora", "freeze"):
             raise UsageError(
                 f"model.quantize={self.model.quantize} keeps the language model's layers in "
@@ -380,32 +376,6 @@ class TrainSettings(Settings):
         if self.save == "auto":
             return self.trainable.language_model.train == "full"
         return self.save == "full"
-
-
-OURS: dict[str, str] = {
-    "output_dir": "output",
-    "seed": "seed",
-    "data_seed": "seed",
-    "per_device_train_batch_size": "batch.max_tokens and batch.max_samples",
-    "per_device_eval_batch_size": "batch.max_tokens and batch.max_samples",
-    "dataloader_num_workers": "batch.workers",
-    "dataloader_prefetch_factor": "batch.prefetch",
-    "gradient_checkpointing": "gradient_checkpointing",
-    "activation_checkpointing": "gradient_checkpointing",
-    "torch_compile": "compile",
-    "resume_from_checkpoint": "--resume",
-    "train_sampling_strategy": "batch",
-}
-"""Fields of TrainingArguments that a recipe may not set, and what sets them instead."""
-
-FIXED: dict[str, Any] = {
-    "logging_nan_inf_filter": False,  # a loss that is no number ends the run
-    "remove_unused_columns": False,
-    "disable_tqdm": True,  # callbacks.py shows progress
-    "average_tokens_across_devices": True,
-    "restore_callback_states_from_checkpoint": False,
-}
-"""Fields of TrainingArguments that have one value here, which a recipe may not set either."""
 
 
 def field_names(settings: type[Settings]) -> list[str]:

@@ -8,7 +8,8 @@ import torch
 from av_llava.errors import UsageError
 from av_llava.training import arguments as ours
 from av_llava.training.arguments import training_arguments
-from av_llava.training.settings import FIXED, TrainSettings
+from av_llava.training.reserved import FIXED
+from av_llava.training.settings import TrainSettings
 
 
 def arguments(tmp_path, **training):

@@ -12,10 +12,9 @@ from transformers import TrainingArguments
 from av_llava.errors import UsageError
 from av_llava.training.arguments import DEFAULTS
 from av_llava.training.recipe import settings_from
+from av_llava.training.reserved import FIXED, OURS
 from av_llava.training.settings import (
-    FIXED,
     LORA_LR,
-    OURS,
     PARTS,
     PartSettings,
     TrainableSettings,
