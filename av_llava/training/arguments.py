@@ -21,6 +21,7 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.training_args import ParallelMode
 
 from av_llava.errors import UsageError, unknown_name
 from av_llava.settings import check_whole
@@ -88,10 +89,17 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
     }
     values |= _checkpointing(settings)
     try:
-        return TrainingArguments(**values)
+        args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
         said = " ".join(str(error).split())
         raise UsageError(f"transformers refuses the section training: {said}") from error
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UsageError(
+            "training.fsdp spreads a model over several processes, but this is one alone: start "
+            "it with torchrun --nproc_per_node N -m av_llava.cli train ..., or leave it out "
+            "(training.fsdp=null)."
+        )
+    return args
 
 
 def _checked(key: str, value: Any) -> Any:

@@ -29,6 +29,8 @@ def test_names_are_checked_and_what_is_fixed_cannot_be_set(tmp_path):
     for name in FIXED:
         with pytest.raises(UsageError, match=f"training.{name} is always"):
             arguments(tmp_path, **{name: True})
+    with pytest.raises(UsageError, match=r"training\.fsdp .* start it with torchrun"):
+        arguments(tmp_path, fsdp=True, use_cpu=True)
     with pytest.raises(UsageError, match="refuses the section training"):
         arguments(tmp_path, eval_strategy="sometimes")
 
