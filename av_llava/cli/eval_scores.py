@@ -101,7 +101,7 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _score(arm: Mapping[str, Any]) -> str:
     if arm["score"] is None:
-        return "no public labels"
+        return "no public labels" if arm["unlabelled"] else "no answers yet"
     text = f"{100 * arm['score']:5.1f}"
     if arm["interval"] is not None:
         text += f" [{100 * arm['interval']['low']:.1f}, {100 * arm['interval']['high']:.1f}]"

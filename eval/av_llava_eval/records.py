@@ -222,7 +222,9 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    named = isinstance(value, list) and all(_holds(v, ("name",)) for v in value)
+    shown = [v["name"] for v in value] if named else value
+    text = json.dumps(shown, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

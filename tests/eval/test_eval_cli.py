@@ -119,7 +119,8 @@ def test_an_experiment_from_the_shell(bench, eval_, tmp_path, monkeypatch):
     assert again[0] == 0 and json.loads(again[1])["arms"] == kept["arms"]
     assert "random" not in again[2]  # nothing was left to ask, so no model was loaded
     code, said, noted = eval_(*words(bench, out, "--audio", "on"))
-    assert code == 7 and "holds another run" in noted and "arms was" in noted
+    assert code == 7 and "holds another run" in noted
+    assert 'arms was ["audio on", "audio off", "audio swap", "text only"], now ["main"]' in noted
 
     code, said, _ = eval_("score", out, "--compat", "lmms")
     assert code == 0 and "audio on" in said

@@ -10,6 +10,7 @@ from clips import make_clip, read_counter
 from eval_stand_in import ARMS, StandIn, Toy, toy_rows, write_toy
 from PIL import Image
 
+from av_llava.cli.eval_scores import lines_of
 from av_llava.errors import DataError, UsageError
 from av_llava_eval.report import gather, write_report
 from av_llava_eval.runner import RunSettings, run
@@ -111,6 +112,11 @@ def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file/report.md cannot be written"):
         write_report([folder], tmp_path / "file", task=TOY, misses=0)
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match="holds no answers yet"):
+        gather([folder], task=TOY)
+    none = summarise(score_folder(folder, task=TOY))
+    assert "no answers yet" in "\n".join(lines_of(none)) and not none["complete"]
 
 
 def test_both_files_are_written_and_written_again_the_same(folder, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from av_llava.errors import UsageError
+from av_llava.errors import DataError, UsageError
 from av_llava_eval import stats
 from av_llava_eval.compare import add_holm, compare_arms, compare_runs
 from av_llava_eval.failures import OK
@@ -43,7 +43,7 @@ def gather(
         task: of the runs, where it is not one that they can name.
 
     Raises:
-        DataError: a folder holds no run, or the runs are of different tasks.
+        DataError: a folder holds no run or no answers, or the runs are of different tasks.
         UsageError: no folder.
     """
     if not folders:
@@ -60,6 +60,8 @@ def gather(
             if records
         ]
     compared = list(_compared(runs))
+    if not columns:
+        raise DataError(f"{first.folder} holds no answers yet, so that there is nothing to report.")
     limits = [d["detectable"] for d, _ in compared if d["detectable"] is not None]
     records = next(iter(first.arms.values()))
     return Facts(
