@@ -194,6 +194,7 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], list[int]]:
     if not data["datasets"]:
         raise DataError(f"{file} lists no files under 'datasets'.")
     _check_twice(file, node)
+    assert isinstance(node, yaml.MappingNode)  # data is a dict
     listed = next(v for k, v in node.value if k.value == "datasets")
     return data, [item.start_mark.line + 1 for item in listed.value]
 
