@@ -33,6 +33,7 @@ from av_llava.training.packing import check_packing
 from av_llava.training.parts import PartsTable, apply_trainable
 from av_llava.training.run_folder import LENGTHS, RunFolder
 from av_llava.training.settings import TrainSettings
+from av_llava.training.starting_point import starting_digest
 from av_llava.training.store import SampleStore, open_store
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class Prepared:
     index: LengthIndex
     dataset: TrainingDataset
     sampler: TokenBudgetBatchSampler
+    start: str
+    """Digest of the model before anything trained."""
     held_out: TrainingDataset | None = None
 
 
@@ -85,6 +88,7 @@ def prepare(
     evaluates = str(settings.training.get("eval_strategy", "no")) != "no" and data.eval
     held_out = _opened(settings, args, data.eval or "") if evaluates else None
     model = load_model(settings, args)
+    start = starting_digest(model)
     options = media_options(settings, model)
     measure = functools.partial(measured, settings, args, model, options, folder, hooks)
     index = measure(store, data.index, "train.index")
@@ -118,7 +122,7 @@ def prepare(
     other = None
     if held_out is not None:
         other = make(held_out, measure(held_out, None, "eval.index"))
-    return Prepared(settings, args, model, table, store, index, dataset, sampler, other)
+    return Prepared(settings, args, model, table, store, index, dataset, sampler, start, other)
 
 
 def _sampler(

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import av_llava
 from av_llava.checkpoints.staging import new_folder
-from av_llava.errors import BudgetError, DataError, UsageError
+from av_llava.errors import BudgetError, CheckpointError, DataError, UsageError
 from av_llava.inference import AVLlava
 from av_llava.training import recipe
 from av_llava.training.arguments import training_arguments
@@ -122,6 +122,7 @@ def _train(
         prepared = prepare(settings, args, folder, hooks)
     if checkpoint is not None:
         _same_data(folder, prepared)
+        _same_start(folder, prepared)
     trainer = make_trainer(prepared, folder, hooks)
     if main:
         folder.update_record(**_account(prepared))
@@ -226,6 +227,16 @@ def _same_data(folder: RunFolder, prepared: Prepared) -> None:
         )
 
 
+def _same_start(folder: RunFolder, prepared: Prepared) -> None:
+    before = folder.record().get("start")
+    if before is not None and before != prepared.start:
+        raise CheckpointError(
+            f"The model {prepared.settings.model.path} is no longer the one that the run in "
+            f"{folder.path} was begun with: its weights or its tokenizer have changed. Resume with "
+            f"the same model, or start another run."
+        )
+
+
 def _flat(data: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(data, dict):
         return {path: data}
@@ -300,6 +311,7 @@ def _account(prepared: Prepared) -> dict[str, Any]:
     index = prepared.index
     return {
         "model": str(prepared.settings.model.path),
+        "start": prepared.start,
         "data": {
             "sources": list(prepared.store.sources),
             "digest": prepared.store.digest(),

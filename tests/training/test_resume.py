@@ -15,9 +15,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 from train_runs import losses, make_base, make_data, recipe, recipe_data, trainer_of
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
-from av_llava.errors import CheckpointError, DataError, UsageError
+from av_llava.errors import AVLlavaError, CheckpointError, DataError, UsageError
 from av_llava.training import recipe as recipes
 from av_llava.training.dataset import TrainingDataset
 from av_llava.training.run import train
@@ -264,6 +264,34 @@ def test_a_run_that_never_saved_begins_anew(place: Path, tmp_path: Path) -> None
     run.release()
     train(settings, resume=True)
     assert sorted(losses(output)) == [1, 2] and 99.0 not in losses(output).values()
+
+
+def test_a_model_that_has_changed_is_noticed(place: Path, tmp_path: Path) -> None:
+    """A LoRA on other weights would be another model, and nothing else would say so."""
+    base = make_base(tmp_path)
+    settings = recipe(
+        base, place / "data.jsonl", tmp_path / "out",
+        trainable={"language_model": {"train": "lora"}},
+        training={"max_steps": 2, "save_strategy": "steps", "save_steps": 1},
+    )  # fmt: skip
+    train(settings)
+    (tmp_path / "out" / "final").rename(tmp_path / "moved")
+    train(settings, resume=True)  # the same model: it goes on
+    (tmp_path / "out" / "final").rename(tmp_path / "moved-too")
+    make_base(tmp_path, seed=1)
+    with pytest.raises(CheckpointError, match="is no longer the one"):
+        train(settings, resume=True)
+
+
+def test_a_tokenizer_of_another_model_is_refused(place: Path, tmp_path: Path) -> None:
+    base = make_base(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<other{i}>" for i in range(3000)])
+    tokenizer.save_pretrained(base)
+    file = make_data(tmp_path, 4)
+    file.write_text(file.read_text().replace("Answer 1.", "Answer <other2999>."))
+    with pytest.raises(AVLlavaError, match="okenizer"):
+        train(recipe(base, file, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("resume", [False, True])
