@@ -164,7 +164,10 @@ def _check_tail(path: Path, file: BinaryIO, last: int, end: int) -> None:
     file.seek(end + 1)
     after = file.read(200).strip()
     if between:
-        raise DataError(f"{path}: {between[:40]!r} stands between the last row and the end.")
+        text = between[:40].decode("utf-8", "replace")
+        raise DataError(
+            f"{path}: {text!r} stands where a row is expected, which is an object in braces."
+        )
     if after:
         raise DataError(
             f"{path}: {after[:40]!r} follows the JSON array. A file is one array, or has one "
