@@ -217,3 +217,10 @@ def test_one_stage_can_be_chosen() -> None:
 def test_wrong_stages(stages: object, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         settings_from({"output": "x", "stages": stages})
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("batch:\n  max_tokens: 3\nbatch:\n  max_samples: 2\n")
+    with pytest.raises(UsageError, match=r"'batch' stands twice in .*line 3"):
+        read_recipe(file)
