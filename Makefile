@@ -5,6 +5,8 @@
 # Another interpreter: make PYTHON=python3.12 test
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share the tests; each takes about 2 GB.
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := -m pip --disable-pip-version-check --quiet
 
@@ -29,7 +31,7 @@ demo: setup  ## Answer a question about a real video with sound.
 	$(BIN)/python scripts/demo.py
 
 test: setup  ## Run all tests but those that need a GPU.
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS)
 
 check: setup  ## Lint, formatting, types, import directions.
 	$(BIN)/ruff check .
@@ -61,7 +63,7 @@ gpu-check: setup  ## Compare CUDA with the CPU and measure on the GPU.
 	$(BIN)/python -m bench.gpu
 
 test-oldest: .venv-oldest/.stamp  ## Run the tests with the oldest allowed dependencies.
-	.venv-oldest/bin/python -m pytest -m "not gpu"
+	.venv-oldest/bin/python -m pytest -m "not gpu" -n $(JOBS)
 
 .venv-oldest/.stamp: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from cli_fake import FakeModel
 
+from av_llava.demo_model import tiny_random
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, str(Path(__file__).with_name("cli_fake.py"))]
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -266,11 +268,9 @@ def test_a_file_alone_at_a_terminal_does_not_wait(screen, clip: str) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_an_answer_of_a_real_model(screen, clip: str) -> None:
-    talk = screen(
-        "chat", clip, "--max-tokens", "3000", program=[sys.executable, "-m", "av_llava.cli"]
-    )
-    talk.wait_for("random", 60)
+def test_ctrl_c_stops_an_answer_of_a_real_model(screen, clip: str, tmp_path: Path) -> None:
+    words = ("--model", str(tiny_random(tmp_path / "random")), "--max-tokens", "3000")
+    talk = screen("chat", clip, *words, program=[sys.executable, "-m", "av_llava.cli"])
     talk.wait_for("> ", 60)
     talk.send("What happens?\n")
     talk.wait_for("\n")  # the echo of the question
