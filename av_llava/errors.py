@@ -8,7 +8,7 @@ from :class:`AVLlavaError`; broken internal invariants stay plain ``AssertionErr
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class AVLlavaError(Exception):
@@ -69,9 +69,14 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
         known: the names that exist.
     """
     names = sorted(str(k) for k in known)
-    close = difflib.get_close_matches(str(name), names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(str(name), names)
     return UsageError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

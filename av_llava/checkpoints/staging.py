@@ -43,7 +43,7 @@ def new_folder(
         partial.mkdir()
         try:
             yield partial
-            _make_durable(partial)
+            make_durable(partial)
             check_destination(target, sources)
             partial.rename(target)
             _sync(target.parent)
@@ -143,7 +143,7 @@ def _named_faults(target: Path) -> Iterator[None]:
         raise CheckpointError(f"{said}. Nothing was kept of it.") from error
 
 
-def _make_durable(folder: Path) -> None:
+def make_durable(folder: Path) -> None:
     """Have the system write all files of a folder to the disk."""
     for path in [*folder.rglob("*"), folder]:
         _sync(path)

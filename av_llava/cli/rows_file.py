@@ -14,11 +14,7 @@ from typing import Any, Self
 
 from av_llava.answers import SCHEMA
 from av_llava.errors import DataError, UsageError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from av_llava.files import append_whole, try_lock
 
 _BEGINNING = json.dumps({"schema": SCHEMA})[:-1].encode()  # how each of our lines begins
 
@@ -45,7 +41,8 @@ class RowsFile:
         except OSError as error:
             raise UsageError(f"--out {str(path)!r} cannot be written: {error.strerror}.") from error
         try:
-            self._lock()
+            if not try_lock(self._fd):
+                raise UsageError(f"--out {str(path)!r}: another run is writing it.")
             self._read()
         except BaseException:
             os.close(self._fd)
@@ -64,29 +61,14 @@ class RowsFile:
             UsageError: the disk is full, or the file can no longer be written.
         """
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        before = os.fstat(self._fd).st_size
         try:
-            written = 0
-            while written < len(line):
-                written += os.write(self._fd, line[written:])
-            os.fsync(self._fd)
+            append_whole(self._fd, line)
         except OSError as error:
-            os.ftruncate(self._fd, before)
             raise UsageError(
                 f"--out {str(self.path)!r} cannot be written any more: {error.strerror}. "
                 "The rows so far are kept; the same command goes on from there."
             ) from error
         self.rows[json.dumps(row["id"])] = row
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"--out {str(self.path)!r}: another run is writing it.") from error
-        except OSError:
-            return  # a file system without locks, as some network mounts are
 
     def _read(self) -> None:
         """Read the rows that are there; mend the last line."""

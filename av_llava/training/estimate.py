@@ -149,21 +149,11 @@ def _encoder_bytes(
 # ---------------------------------------------------------------- when it did not fit
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a device or in the machine."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "can't allocate memory" in text
-    )
-
-
 def advice(error: BaseException, settings: TrainSettings, padded: int | None, longest: int) -> str:
     """Say what ran out, and which settings would likely fit.
 
     Args:
-        error: see :func:`is_out_of_memory`.
+        error: see :func:`av_llava.errors.is_out_of_memory`.
         settings: of the run.
         padded: tokens of the batch that did not fit, padding included; None if no batch had begun.
         longest: tokens of the longest sample.

@@ -21,12 +21,8 @@ from typing import Any
 import numpy as np
 
 from av_llava.errors import DataError, UsageError
+from av_llava.files import append_whole, try_lock
 from av_llava.media import is_remote
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +106,10 @@ class IndexFile:
         except OSError as error:
             raise UsageError(f"The index {path} cannot be written: {error.strerror}.") from error
         try:
-            self._lock("LOCK_SH")
+            self._lock(shared=True)
             self._read()
             if writes or len(self._good) < -(-n_rows // CHUNK_ROWS):
-                self._lock("LOCK_EX")
+                self._lock(shared=False)
                 self._begin(self._read())  # again: another one may have written meanwhile
         except BaseException:
             os.close(self._fd)
@@ -135,16 +131,10 @@ class IndexFile:
         """Let another process have it."""
         os.close(self._fd)
 
-    def _lock(self, kind: str) -> None:
-        """Lock the file for reading (LOCK_SH) or writing (LOCK_EX)."""
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._fd, getattr(fcntl, kind) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"The index {self.path} is being written by another run.") from error
-        except OSError:
-            return  # a file system without locks, as some network mounts are
+    def _lock(self, shared: bool) -> None:
+        """Lock the file for reading, or for writing."""
+        if not try_lock(self._fd, shared=shared):
+            raise UsageError(f"The index {self.path} is being written by another run.")
 
     def _read(self) -> int:
         """Read what there is; returns after how many bytes it is no longer good."""
@@ -207,13 +197,9 @@ class IndexFile:
         return len(found)
 
     def _write(self, line: bytes) -> None:
-        before = os.lseek(self._fd, 0, os.SEEK_CUR)
         try:
-            written = 0
-            while written < len(line):
-                written += os.write(self._fd, line[written:])
+            append_whole(self._fd, line, durable=False)
         except OSError as error:
-            os.ftruncate(self._fd, before)
             raise DataError(
                 f"The index {self.path} cannot be written any more: {error.strerror}. What was "
                 "measured so far is kept; the same command goes on from there."

@@ -9,7 +9,6 @@ directory). What is resolved can be written out and read back to the same settin
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 import re
 import types
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from av_llava.errors import UsageError
+from av_llava.errors import UsageError, did_you_mean
 from av_llava.settings import Settings
 from av_llava.training.settings import PartSettings, StageSettings, TrainSettings, field_names
 
@@ -316,8 +315,7 @@ def _plain(value: Any) -> Any:
 
 def _unknown(kind: str, name: str, known: Iterable[str], source: str) -> UsageError:
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(name, names)
     where = f"{source}: " if source else ""
     return UsageError(f"{where}unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
 

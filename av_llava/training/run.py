@@ -23,7 +23,13 @@ from transformers import TrainerCallback, TrainingArguments
 
 import av_llava
 from av_llava.checkpoints.staging import new_folder
-from av_llava.errors import BudgetError, CheckpointError, DataError, UsageError
+from av_llava.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    UsageError,
+    is_out_of_memory,
+)
 from av_llava.inference import AVLlava
 from av_llava.training import recipe
 from av_llava.training.arguments import training_arguments
@@ -31,7 +37,7 @@ from av_llava.training.artefacts import Artefacts
 from av_llava.training.bad_media import BadMediaWatch
 from av_llava.training.callbacks import FsdpEntryPoints, Progress, RunLog, Say
 from av_llava.training.collate import BatchInfo
-from av_llava.training.estimate import advice, is_out_of_memory
+from av_llava.training.estimate import advice
 from av_llava.training.evaluation import Evaluation
 from av_llava.training.prepare import Hooks, Prepared, first_alone, prepare
 from av_llava.training.preview import CLOSE, OPEN, preview

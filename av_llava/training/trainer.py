@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import signal
 import sys
@@ -29,6 +28,7 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from av_llava.checkpoints.staging import make_durable
 from av_llava.errors import CheckpointError, UsageError
 from av_llava.training.artefacts import Artefacts
 from av_llava.training.bad_media import BadMediaWatch
@@ -272,7 +272,7 @@ class AVTrainer(Trainer):
             raise
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            sync(partial)
+            make_durable(partial)
             if target.exists():  # of a run that went on from an older checkpoint
                 shutil.rmtree(target)
             partial.rename(target)
@@ -348,17 +348,6 @@ def full_disk_named(target: Path) -> Iterator[None]:
             f"{target} could not be written: {error}. The checkpoints before it are whole. Make "
             f"room, then go on with --resume."
         ) from error
-
-
-def sync(folder: Path) -> None:
-    """Have the system write all files of a folder to the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 def _start_worker(_: int) -> None:

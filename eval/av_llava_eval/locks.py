@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Self
 
 from av_llava.errors import UsageError
+from av_llava.files import try_lock
 from av_llava_eval.sharding import Place
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 LOCKS = "locks"
 
@@ -34,8 +30,6 @@ class RunLock:
 
     def __init__(self, folder: Path, place: Place) -> None:
         self._fd = -1
-        if fcntl is None:
-            return
         locks = folder / LOCKS
         try:
             locks.mkdir(parents=True, exist_ok=True)
@@ -49,14 +43,14 @@ class RunLock:
             raise
 
     def _take(self, folder: Path, place: Place, locks: Path) -> None:
-        if not _try_lock(self._fd):
+        if not try_lock(self._fd):
             raise UsageError(f"Another run is at work in {folder} (process {place.name}).")
         for other in sorted(locks.iterdir()):
             if other.name.endswith(f"of{place.world}"):
                 continue
             fd = os.open(other, os.O_RDWR)
             try:
-                if not _try_lock(fd):
+                if not try_lock(fd):
                     raise UsageError(f"Another run is at work in {folder} (process {other.name}).")
             finally:
                 os.close(fd)
@@ -72,13 +66,3 @@ class RunLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks, as some network mounts are
-    return True

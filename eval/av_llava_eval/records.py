@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from av_llava.errors import DataError, UsageError
+from av_llava.files import append_whole, replacing
 from av_llava_eval.failures import OK
 from av_llava_eval.sample import Sample
 from av_llava_eval.sharding import Place
@@ -234,17 +233,11 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         UsageError: the disk is full, or the folder cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("w", encoding="utf-8", errors="backslashreplace") as handle:
+        with replacing(path, errors="backslashreplace") as handle:
             handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        draft.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
@@ -331,14 +324,9 @@ class AppendedFile:
         """
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         data = text.encode("utf-8", "backslashreplace")
-        before = os.fstat(self._fd).st_size
         try:
-            written = 0
-            while written < len(data):
-                written += os.write(self._fd, data[written:])
-            os.fsync(self._fd)
+            append_whole(self._fd, data)
         except OSError as error:
-            os.ftruncate(self._fd, before)
             raise UsageError(
                 f"{self.path} cannot be written any more: {error.strerror}. What it holds is "
                 f"kept; the same command goes on from there."

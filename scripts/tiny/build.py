@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig, WhisperConfig
 
 from av_llava.config import AVLlavaConfig
+from av_llava.demo_model import byte_tokenizer
 from av_llava.modeling import AVLlavaForConditionalGeneration
 from av_llava.processor import AVLlavaProcessor
 from av_llava.settings import (
@@ -37,7 +37,6 @@ from av_llava.training.world.parts import COLOURS, SHAPES, SOUNDS
 NAME = "av-llava-tiny"
 VOCABULARY = 600
 TEMPLATE = "chatml_direct"
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", AU_START_TOKEN, AU_END_TOKEN)
 CLIP_S = 4.0
 FRAMES = 12
 """Frames that the model sees of a clip."""
@@ -81,23 +80,8 @@ def world_texts() -> list[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with ChatML's and our own special tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(world_texts(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[AU_START_TOKEN, AU_END_TOKEN],
-    )
+    """A tokenizer of the world's words."""
+    return byte_tokenizer(world_texts(), VOCABULARY)
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> AVLlavaConfig:

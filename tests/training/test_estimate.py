@@ -13,9 +13,10 @@ import yaml
 from tiny import tiny
 from train_runs import CPU, make_base, make_data, recipe_data
 
+from av_llava.errors import is_out_of_memory
 from av_llava.training.arguments import training_arguments
 from av_llava.training.checking import check_run
-from av_llava.training.estimate import advice, estimate, is_out_of_memory
+from av_llava.training.estimate import advice, estimate
 from av_llava.training.parts import apply_trainable
 from av_llava.training.prepare import Hooks
 from av_llava.training.recipe import settings_from

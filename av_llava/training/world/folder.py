@@ -14,12 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from av_llava.errors import DataError, UsageError
+from av_llava.files import replacing, try_lock
 from av_llava.training.world.rows import CLIPS
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 _SUFFIX = ".world"
 
@@ -57,31 +53,21 @@ def claimed(out: Path, split: str, setting: Mapping[str, Any]) -> Iterator[None]
 
 def write_json(path: Path, value: Any) -> Path:
     """Write a JSON file that appears whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with replacing(path) as file:
             json.dump(value, file, indent=1, ensure_ascii=False)
             file.write("\n")
-        part.replace(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}.") from error
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
 def _lock(handle: int, out: Path, split: str) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not try_lock(handle):
         raise UsageError(
             f"Another process is writing the split {split!r} in {out}. Wait for it, or choose "
             f"another folder."
-        ) from error
-    except OSError:
-        return  # a file system without locks, as some network mounts are
+        )
 
 
 def _compare(handle: int, out: Path, split: str, setting: Mapping[str, Any]) -> None:
