@@ -40,12 +40,14 @@ check: setup  ## Lint, formatting, types, import directions.
 	$(BIN)/lint-imports
 
 TINY ?= runs/tiny
-tiny-model: setup  ## Train the small model that ships, from nothing (docs/tiny.md; an hour or two).
+tiny-model: setup  ## Train the small model that ships, from nothing (docs/tiny.md; an hour or more).
 	$(BIN)/python scripts/tiny/build.py $(TINY)/start
-	$(BIN)/python scripts/tiny/pretrain_towers.py $(TINY)/start
-	$(BIN)/python scripts/tiny/make_data.py $(TINY)/data
-	$(BIN)/av-llava train scripts/tiny/recipe.yaml model.path=$(TINY)/start \
-	  data.train=$(TINY)/data/conversations.json output=$(TINY)/run
+	$(BIN)/python scripts/tiny/make_data.py $(TINY)/data & data=$$!; \
+	  trap "kill $$data 2>/dev/null" EXIT; \
+	  $(BIN)/python scripts/tiny/pretrain_towers.py $(TINY)/start && wait $$data
+	$(BIN)/python scripts/tiny/pretrain_events.py $(TINY)/start
+	$(BIN)/torchrun --nproc_per_node 2 -m av_llava.cli train scripts/tiny/recipe.yaml \
+	  model.path=$(TINY)/start data.train=$(TINY)/data/conversations.json output=$(TINY)/run
 	@echo "The model is in $(TINY)/run/whole/final: make tiny-eval MODEL=$(TINY)/run/whole/final"
 
 tiny-eval: setup  ## Held-out accuracy of the small model, whole, muted and blanked.

@@ -41,19 +41,6 @@ CLIP_S = 4.0
 FRAMES = 12
 """Frames that the model sees of a clip."""
 IMAGE_SIDE, PATCH_SIDE = 64, 8
-WHERE = (
-    "Where is the {shape}{when}, left or right?",
-    "Where is the {shape}{when}, up or down?",
-)
-COLOUR_THEN = "What colour is the {shape}{when}?"
-WHEN = {
-    "moves": "When does the {shape} move, early or late?",
-    "turns": "When does the {shape} change colour, early or late?",
-    "comes": "When does the {shape} come, early or late?",
-    "sounds": "When is the sound, early or late?",
-}
-"""Questions that only training asks: whoever can place a thing learns sooner where it goes, and
-whoever knows when things happen learns sooner what came first."""
 
 
 def world_texts() -> list[str]:
@@ -64,12 +51,11 @@ def world_texts() -> list[str]:
         "one": SHAPES,
         "other": SHAPES,
         "a_thing": (*(f"a {c} shape" for c in COLOURS), "an orange shape", *SHAPES),
-        "when": (" at the start", " at the end", " when the sound played", ""),
         "a_sound": (*(f"a {s}" for s in SOUNDS), "a beep"),
     }
-    texts = ["system", "user", "assistant", "Answer the questions.", "early", "late"]
+    texts = ["system", "user", "assistant", "Answer the questions."]
     for kind in KINDS.values():
-        for wording in (*kind.phrasings, *WHERE, COLOUR_THEN, *WHEN.values()):
+        for wording in kind.phrasings:
             longest = max(map(len, blanks.values()))
             texts += [
                 wording.format(**{name: words[i % len(words)] for name, words in blanks.items()})
@@ -85,12 +71,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> AVLlavaConfig:
-    """Every part of the architecture; about 1.4 million weights."""
+    """Every part of the architecture; about 1.7 million weights."""
     text = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=4096,

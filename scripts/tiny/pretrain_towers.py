@@ -1,4 +1,4 @@
-"""Stage 0: teach both towers what single frames show and what short sounds are, with heads that
+"""Stage 0a: teach both towers what single frames show and what short sounds are, with heads that
 are thrown away.
 
 python scripts/tiny/pretrain_towers.py FOLDER [--frame-steps N] [--sound-steps N]
@@ -33,7 +33,7 @@ GRID = 8
 CELLS = {2: 0.2, 4: 0.15}
 """Tokens on a side of the fast and of the slow stream, and the least share of a thing's box that a
 token must hold to tell of it."""
-TABLES = ("colours", "shape_of", "shapes")
+TABLES = ("colours", "shape_of", "shapes", "place", "most")
 PLACE = 20.0
 """Weight of the squared error of a place, whose unit is the picture's side."""
 FRAMES_PER_SCENE = 3
@@ -69,6 +69,8 @@ class FrameTargets:
             self.tables[f"colours{cells}"] = np.zeros((cells**2, N_COLOURS, 3), np.float32)
             self.tables[f"shape_of{cells}"] = np.full((cells**2, N_COLOURS), -1, np.int64)
             self.tables[f"shapes{cells}"] = np.zeros((cells**2, N_SHAPES), np.float32)
+            self.tables[f"place{cells}"] = np.zeros((cells**2, 2), np.float32)
+            self.tables[f"most{cells}"] = np.zeros(cells**2, np.float32)
         for thing in scene.things_at(time_s):
             self._add(thing, axis)
 
@@ -80,7 +82,11 @@ class FrameTargets:
         self.patch_colour[near], self.patch_shape[near] = colour + 1, shape
         self.patch_place[near] = (x, y)
         for cells, least in CELLS.items():
-            held = overlaps(thing.place, thing.size, cells) >= least
+            share = overlaps(thing.place, thing.size, cells)
+            held = share >= least
+            most = held & (share > self.tables[f"most{cells}"])
+            self.tables[f"most{cells}"][most] = share[most]
+            self.tables[f"place{cells}"][most] = (x, y)
             self.tables[f"colours{cells}"][held, colour] = (1, x, y)  # it is there, where
             self.tables[f"shape_of{cells}"][held, colour] = shape
             self.tables[f"shapes{cells}"][held, shape] = 1
@@ -157,7 +163,7 @@ class FrameHeads(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.patch = nn.Linear(width, N_COLOURS + 1 + N_SHAPES + 2)
-        table = N_COLOURS * (3 + N_SHAPES) + N_SHAPES
+        table = N_COLOURS * (3 + N_SHAPES) + N_SHAPES + 2
         self.tokens = nn.ModuleDict({str(cells): nn.Linear(width, table) for cells in CELLS})
 
     def forward(self, features: Tensor, want: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -179,7 +185,7 @@ class FrameHeads(nn.Module):
 
     def _table(self, read: Tensor, want: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Loss and accuracies of one stream's tokens."""
-        colours, shapes = read.split([N_COLOURS * (3 + N_SHAPES), N_SHAPES], -1)
+        colours, shapes, place = read.split([N_COLOURS * (3 + N_SHAPES), N_SHAPES, 2], -1)
         colours = colours.unflatten(-1, (N_COLOURS, -1))
         is_there = want["colours"][..., 0]
         there = is_there > 0
@@ -188,8 +194,15 @@ class FrameHeads(nn.Module):
         loss = 4 * F.binary_cross_entropy_with_logits(colours[..., 0], is_there)
         loss = loss + 4 * F.binary_cross_entropy_with_logits(shapes, want["shapes"])
         loss = loss + PLACE * F.mse_loss(places, wanted) + F.cross_entropy(named, shape)
+        held = want["most"] > 0
+        missed = place[held] - want["place"][held]
+        loss = loss + 2 * PLACE * missed.square().mean()
         miss = (places - wanted).abs().mean().item()
-        return loss, {"shape": _share(named, shape), "place error": miss}
+        return loss, {
+            "shape": share_right(named, shape),
+            "place error": miss,
+            "own place error": missed.abs().mean().item(),
+        }
 
 
 class SoundHeads(nn.Module):
@@ -208,11 +221,12 @@ class SoundHeads(nn.Module):
         for (name, target), got in zip(want.items(), parts, strict=True):
             each = target if target.ndim == 2 else target[:, None].expand(-1, tokens.shape[1])
             loss = loss + F.cross_entropy(got.flatten(0, 1), each.flatten())
-            seen[name] = _share(got, each)
+            seen[name] = share_right(got, each)
         return loss, seen
 
 
-def _share(logits: Tensor, wanted: Tensor) -> float:
+def share_right(logits: Tensor, wanted: Tensor) -> float:
+    """How often the largest logit is the wanted one."""
     return (logits.argmax(-1) == wanted).float().mean().item()
 
 
@@ -251,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the towers of the small model.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--frame-steps", type=int, default=3000)
-    parser.add_argument("--sound-steps", type=int, default=300)
+    parser.add_argument("--sound-steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
