@@ -70,8 +70,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer(world_texts(), VOCABULARY)
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> AVLlavaConfig:
-    """Every part of the architecture; about 1.7 million weights."""
+def make_config(
+    tokenizer: PreTrainedTokenizerFast,
+    aggregator: AggregatorSettings | None = None,
+    frames: int = FRAMES,
+) -> AVLlavaConfig:
+    """Every part of the architecture; about 1.7 million weights.
+
+    Args:
+        tokenizer: of :func:`make_tokenizer`.
+        aggregator: instead of the slow and the fast stream.
+        frames: that the model sees of a clip.
+    """
     text = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -130,7 +140,8 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> AVLlavaConfig:
         ),
         image=ImageSettings(aspect_ratio="pad", patch_merge_type="spatial_unpad"),
         # Pooled before the projector: a ninth of its work, and the towers learn on pooled features.
-        aggregator=AggregatorSettings(layout="slow_then_fast", slow=slow, fast=fast, stage="pre"),
+        aggregator=aggregator
+        or AggregatorSettings(layout="slow_then_fast", slow=slow, fast=fast, stage="pre"),
         audio=AudioSettings(
             tower=NAME,
             projector="mlp2x_gelu",
@@ -138,7 +149,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> AVLlavaConfig:
             pool_stride=8,
             placement="interleave",
         ),
-        sampling=SamplingSettings(frames=FRAMES),
+        sampling=SamplingSettings(frames=frames),
         sequence=SequenceSettings(media_tokens=("newline",), template=TEMPLATE),
         au_token_ids=[tokenizer.convert_tokens_to_ids(t) for t in (AU_START_TOKEN, AU_END_TOKEN)],
     )
@@ -174,10 +185,12 @@ def start_wide(model: AVLlavaForConditionalGeneration) -> None:
     model.get_input_embeddings().weight.normal_(0, 0.05)
 
 
-def build(seed: int = 0) -> tuple[AVLlavaForConditionalGeneration, AVLlavaProcessor]:
+def build(
+    seed: int = 0, aggregator: AggregatorSettings | None = None, frames: int = FRAMES
+) -> tuple[AVLlavaForConditionalGeneration, AVLlavaProcessor]:
     """Make the model and its processor in memory, the same for the same seed."""
     tokenizer = make_tokenizer()
-    config = make_config(tokenizer)
+    config = make_config(tokenizer, aggregator, frames)
     torch.manual_seed(seed)
     model = AVLlavaForConditionalGeneration(config)
     start_wide(model)

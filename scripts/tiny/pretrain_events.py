@@ -128,6 +128,8 @@ class Readers(nn.Module):
             wanted = want[reading.name]
             if wanted.ndim == 2:
                 wanted = wanted[..., None]
+            if (wanted < reading.first).all():
+                continue  # no clip of the batch has such a thing
             if reading.kind == "class":
                 part, right = self._classes(said.unflatten(-1, (-1, reading.size)), wanted, reading)
             elif reading.kind == "flag":
@@ -150,6 +152,8 @@ class Readers(nn.Module):
         loss, seen = logits.new_zeros([]), {}
         for k, name in enumerate(names):
             asked = wanted[..., k] >= 0
+            if not asked.any():
+                continue
             said, true = logits[..., k][asked], wanted[..., k][asked]
             loss = loss + F.binary_cross_entropy_with_logits(said, true.float())
             right = ((said > 0) == (true > 0)).float()

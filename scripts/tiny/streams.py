@@ -1,0 +1,240 @@
+"""What each stream is worth: slow alone, fast alone, and both, at about as many tokens a clip.
+
+python scripts/tiny/streams.py FOLDER [--seeds N] [--out FILE.json]
+
+Contract: the vision tower of the checkpoint in FOLDER stays as it is, and its features of each clip
+are computed once and used by every run. Projector and language model start anew in each run, from a
+seed, and learn in both stages of the small model, shortly. Only what needs sight is asked; there is
+no sound. Reports the right answers by kind, as they come out, with intervals over the seeds' runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from build import build
+from clip_targets import ClipTargets
+from evaluate import interval
+from make_data import lessons
+from pretrain_events import Clips, learn_events
+from pretrain_towers import GRID, halved_colour, train
+from torch import Tensor
+
+from av_llava.auto import AVLlavaForConditionalGeneration
+from av_llava.chat import MediaPart, Message, Part, TextPart
+from av_llava.encoding import TowerOutputs
+from av_llava.prepared import BatchBuilder, Prepared
+from av_llava.settings import AggregatorSettings, PoolSettings, StreamSettings
+from av_llava.training.world import KINDS, Scene, sample_scene
+from av_llava.training.world.picture import frames
+from av_llava.training.world.questions import Question, questions
+from av_llava.training.world.scene import generator
+
+SEEN = tuple(name for name, kind in KINDS.items() if "audio" not in kind.needs)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which frames are shown, and how."""
+
+    frames: int
+    aggregator: AggregatorSettings | None
+    """None: that of the small model, both streams."""
+
+
+def _single(stride: int) -> AggregatorSettings:
+    pool = PoolSettings("average", stride, tail="partial")
+    return AggregatorSettings(layout="single", slow=StreamSettings(pool=pool), fast=None, stage="pre")
+
+
+VARIANTS = {
+    "slow": Variant(7, _single(2)),  # 7 frames of 4 x 4 tokens
+    "fast": Variant(24, _single(4)),  # 24 frames of 2 x 2 tokens
+    "both": Variant(12, None),
+}
+
+
+@torch.no_grad()
+def encode(model: AVLlavaForConditionalGeneration, scenes: Sequence[Scene]) -> Tensor:
+    """Patches of every frame of every clip, bfloat16 [clips, frames, GRID, GRID, width]."""
+    out = []
+    for scene in scenes:
+        times = np.arange(round(scene.duration_s * scene.fps)) / scene.fps
+        pixels = torch.from_numpy(halved_colour(frames(scene, times))).permute(0, 3, 1, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            patches = model.model.encode_patches(pixels)
+        out.append(patches.bfloat16().unflatten(1, (GRID, GRID)))
+    return torch.stack(out)
+
+
+class Features:
+    """Scenes with pictures, and what the tower gave for them."""
+
+    def __init__(self, model: AVLlavaForConditionalGeneration, split: str, n: int, seed: int):
+        many = (sample_scene(seed, i, split) for i in range(4 * n))
+        self.scenes = [s for s in many if s.has_video][:n]
+        self.patches = encode(model, self.scenes)
+
+
+class CachedClips(Clips):
+    """Lays out clips whose features are known."""
+
+    def prepare(
+        self, known: Features, chosen: Sequence[int], turns: Sequence[Sequence[Message]]
+    ) -> Prepared:
+        """Conversations about clips; the first turn of each lacks its video still."""
+        fps = self.n_frames / known.scenes[0].duration_s
+        options = self.processor.media_options(source_fps=fps, audio="off")
+        builder = BatchBuilder(self.processor, self.planner, options, False)
+        blank = np.zeros((self.n_frames, 64, 64, 3), np.uint8)
+        supervised = any(m.role == "assistant" for m in turns[0])
+        for messages in turns:
+            first: tuple[Part, ...] = (MediaPart("video", blank), *messages[0].parts)
+            told = [Message("user", first), *messages[1:]]
+            builder.add(told, add_generation_prompt=False, supervised=supervised)
+        prepared = builder.finish("right", supervised=supervised)
+        last = known.patches.shape[1] - 1
+        shown = torch.from_numpy(np.round(np.linspace(0, last, self.n_frames)).astype(np.int64))
+        aggregator, outputs = prepared.media.aggregator, TowerOutputs()
+        for i, (clip, plan) in enumerate(zip(chosen, prepared.media.videos, strict=True)):
+            reduced = aggregator.reduce(known.patches[clip][shown].float(), plan)
+            outputs.known["video", i] = reduced.streams
+        prepared.tensors["tower_outputs"] = outputs
+        return prepared
+
+    def events(self, known: Features, chosen: Sequence[int]) -> tuple[Prepared, dict[str, Tensor]]:
+        """Clips with names after them, and what each token is to say."""
+        names = list(self.names.values())
+        turns = []
+        for _ in chosen:
+            text = "".join(f" {names[i]}" for i in self.rng.permutation(len(names)))
+            turns.append([Message("user", (TextPart("\n" + text),))])
+        silent = [replace(known.scenes[i], sounds=()) for i in chosen]
+        clips = [ClipTargets(scene, self.n_frames) for scene in silent]
+        prepared = self.prepare(known, chosen, turns)
+        return prepared, self.targets(prepared, clips)
+
+
+def conversation(asked: Sequence[Question]) -> list[Message]:
+    """Questions and answers; the place of the video is before the first."""
+    turns = []
+    for i, question in enumerate(asked):
+        turns.append(Message("user", (TextPart("\n" * (i == 0) + question.question),)))
+        turns.append(Message("assistant", (TextPart(question.answer),)))
+    return turns
+
+
+def answered(logits: Tensor, labels: Tensor) -> list[bool]:
+    """Whether every supervised token of each row is the likeliest. [B]"""
+    wanted, said = labels[:, 1:], logits[:, :-1].argmax(-1)
+    return ((said == wanted) | (wanted == -100)).all(1).tolist()
+
+
+def run(
+    variant: Variant, seed: int, taught: Features, held: Features, steps: tuple[int, int]
+) -> dict[str, list[int]]:
+    """Train one model; right answers and questions by kind."""
+    model, processor = build(seed, variant.aggregator, variant.frames)
+    model.set_attn_implementation("eager")
+    for part in ("vision_tower", "audio_tower", "mm_audio_projector"):
+        getattr(model.model, part).requires_grad_(False)
+    clips, rng = CachedClips(processor, seed), np.random.default_rng(seed)
+
+    def events() -> tuple[Prepared, dict[str, Tensor]]:
+        return clips.events(taught, rng.integers(len(taught.scenes), size=32))
+
+    learn_events(model, events, steps[0], 2e-3)
+
+    def answer() -> tuple[Tensor, dict[str, float]]:
+        chosen, turns = [], []
+        while len(chosen) < 16:
+            index = int(rng.integers(len(taught.scenes)))
+            asked = [q for q in lessons(taught.scenes[index], rng) if q.kind in SEEN]
+            if asked:
+                chosen.append(index)
+                turns.append(conversation(asked))
+        prepared = clips.prepare(taught, chosen, turns)
+        return model(media=prepared.media, **prepared.tensors).loss, {}
+
+    model.train()
+    train(answer, [model], steps[1], 1e-3, "answers")
+    model.eval()
+    found: dict[str, list[int]] = {kind: [0, 0] for kind in SEEN}
+    pairs = [
+        (i, q)
+        for i, scene in enumerate(held.scenes)
+        for q in questions(scene, generator(scene.seed, scene.index, scene.split, "questions"))
+        if q.kind in SEEN
+    ]
+    for at in range(0, len(pairs), 64):
+        some = pairs[at : at + 64]
+        prepared = clips.prepare(held, [i for i, _ in some], [conversation([q]) for _, q in some])
+        with torch.no_grad():
+            logits = model(media=prepared.media, **prepared.tensors).logits
+        labels = prepared.media.splice.labels()
+        assert labels is not None
+        for (_, question), right in zip(some, answered(logits, labels), strict=True):
+            found[question.kind][0] += right
+            found[question.kind][1] += 1
+    return found
+
+
+def markdown(runs: list[dict[str, object]]) -> str:
+    """The table as it stands in docs/tiny.md: the mean over seeds, and each seed's share."""
+    lines = ["| kind | questions | " + " | ".join(VARIANTS) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(VARIANTS))
+    for kind in (*SEEN, "all"):
+        cells, n = [], 0
+        for name in VARIANTS:
+            shares = []
+            for one in (r for r in runs if r["variant"] == name):
+                found: dict[str, list[int]] = one["found"]  # type: ignore[assignment]
+                counts = found.values() if kind == "all" else [found[kind]]
+                right, n = (sum(c[k] for c in counts) for k in (0, 1))
+                shares.append((right, n))
+            low, high = interval(sum(r for r, _ in shares), sum(m for _, m in shares))
+            mean = sum(r for r, _ in shares) / sum(m for _, m in shares)
+            each = ", ".join(f"{100 * r / m:.0f}" for r, m in shares)
+            cells.append(f"{100 * mean:.1f} ({100 * low:.1f}-{100 * high:.1f}; {each})")
+        lines.append(f"| {kind.replace('_', ' ')} | {n} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train every variant with every seed and print the table."""
+    parser = argparse.ArgumentParser(description="Slow, fast and both streams, compared.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--clips", type=int, default=4000)
+    parser.add_argument("--held", type=int, default=600)
+    parser.add_argument("--event-steps", type=int, default=400)
+    parser.add_argument("--answer-steps", type=int, default=500)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    towers = AVLlavaForConditionalGeneration.from_pretrained(given.folder, dtype=torch.float32)
+    towers.eval()
+    taught = Features(towers, "streams", given.clips, seed=1)
+    held = Features(towers, "heldout", given.held, seed=2028)
+    runs: list[dict[str, object]] = []
+    for seed in map(int, given.seeds.split(",")):
+        for name, variant in VARIANTS.items():
+            start = time.monotonic()
+            steps = (given.event_steps, given.answer_steps)
+            found = run(variant, seed, taught, held, steps)
+            runs.append({"variant": name, "seed": seed, "found": found})
+            print(f"{name}, seed {seed}: {time.monotonic() - start:.0f} s, {found}", flush=True)
+            if given.out:
+                given.out.write_text(json.dumps(runs) + "\n", encoding="utf-8")
+    print(markdown(runs))
+
+
+if __name__ == "__main__":
+    main()
