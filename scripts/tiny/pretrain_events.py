@@ -157,8 +157,8 @@ class Readers(nn.Module):
             said, true = logits[..., k][asked], wanted[..., k][asked]
             loss = loss + F.binary_cross_entropy_with_logits(said, true.float())
             right = ((said > 0) == (true > 0)).float()
-            # Both answers count as much, however rare one of them is.
-            seen[name] = (right[true > 0].mean() + right[true == 0].mean()).item() / 2
+            if 0 < true.sum() < len(true):  # both answers count as much, however rare one is
+                seen[name] = (right[true > 0].mean() + right[true == 0].mean()).item() / 2
         return loss, seen
 
     @staticmethod

@@ -51,7 +51,9 @@ class Variant:
 
 def _single(stride: int) -> AggregatorSettings:
     pool = PoolSettings("average", stride, tail="partial")
-    return AggregatorSettings(layout="single", slow=StreamSettings(pool=pool), fast=None, stage="pre")
+    return AggregatorSettings(
+        layout="single", slow=StreamSettings(pool=pool), fast=None, stage="pre"
+    )
 
 
 VARIANTS = {
@@ -199,11 +201,14 @@ def markdown(runs: list[dict[str, object]]) -> str:
                 counts = found.values() if kind == "all" else [found[kind]]
                 right, n = (sum(c[k] for c in counts) for k in (0, 1))
                 shares.append((right, n))
+            if not n:
+                break
             low, high = interval(sum(r for r, _ in shares), sum(m for _, m in shares))
             mean = sum(r for r, _ in shares) / sum(m for _, m in shares)
             each = ", ".join(f"{100 * r / m:.0f}" for r, m in shares)
             cells.append(f"{100 * mean:.1f} ({100 * low:.1f}-{100 * high:.1f}; {each})")
-        lines.append(f"| {kind.replace('_', ' ')} | {n} | " + " | ".join(cells) + " |")
+        if n:
+            lines.append(f"| {kind.replace('_', ' ')} | {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ import torch
 
 import av_llava
 from av_llava.demo_model import SHIPPED
-from av_llava.training.world.scene import sample_scene
+from av_llava.training.world.scene import Scene, sample_scene
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "tiny"
 
@@ -123,26 +123,127 @@ def test_a_training_step_of_the_towers_teaches_both() -> None:
 
 def test_the_tokenizer_knows_the_worlds_words_and_any_other_text() -> None:
     tokenizer = script("build").make_tokenizer()
-    for word in ("triangle", "purple", "rising", "early"):
+    for word in ("triangle", "purple", "rising", "before"):
         assert len(tokenizer(word).input_ids) == 1
     text = "Zebra, é, 你好?"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_lessons_are_answered_by_the_scene() -> None:
+def test_lessons_are_questions_that_the_world_asks_about_the_clip() -> None:
     data = script("make_data")
     for index in range(40):
         scene = sample_scene(5, index, "lessons")
-        row = data.row(scene, 0)
+        row = data.row(scene)
         turns = row["conversations"]
         assert 2 <= len(turns) <= 2 * data.LONGEST and len(row["kind"]) == len(turns) // 2
         assert turns[0]["value"].startswith("<video>" if scene.has_video else "<audio>")
+        looks = {t.shape: t.colour for t in scene.things if not t.turn}
         for kind, asked, told in zip(row["kind"], turns[::2], turns[1::2], strict=True):
-            if kind == "where" and "at the end" in asked["value"]:
-                thing = next(t for t in scene.things if t.shape in asked["value"])
-                x, y = thing.place_at(scene.duration_s)
-                assert told["value"] in {
-                    "left" if x < 0.5 else "right",
-                    "up" if y < 0.5 else "down",
-                }
-        assert row == data.row(scene, 0) != data.row(scene, 1) or len(turns) < 4
+            if kind == "colour":
+                assert any(s in asked["value"] and told["value"] == c for s, c in looks.items())
+            if kind == "count":
+                assert told["value"] == ("one", "two", "three", "four")[len(scene.things) - 1]
+        assert row == data.row(scene)
+
+
+@pytest.fixture(scope="module")
+def targets() -> ModuleType:
+    return script("clip_targets")
+
+
+def scene_of(plot: str, sound: bool = True) -> Scene:
+    scenes = (sample_scene(4, i, "towers") for i in range(500))
+    return next(s for s in scenes if s.plot == plot and s.has_audio == sound)
+
+
+def test_a_frame_says_what_moves_and_what_has_changed(targets: ModuleType) -> None:
+    scene = scene_of("turns")
+    clip = targets.ClipTargets(scene, 12)
+    assert clip.times[0] == 0 and clip.times[-1] == 31 / 8
+    for thing in scene.things:
+        moving = [clip.happens(thing, i) for i in range(12)]
+        assert any(flags[0] == 1 for flags, _ in moving)
+        for i, (flags, way) in enumerate(moving):
+            amid = thing.motion.start_s < clip.times[i - 1] and clip.times[i] < thing.motion.end_s
+            if i and amid:
+                assert flags[0] == 1 and list(targets.DIRECTIONS)[way] == thing.motion.direction
+            if clip.times[i] < thing.motion.start_s:
+                assert flags[0] in (0, targets.NOT_ASKED) and way == targets.NOT_ASKED
+            assert flags[1:] == [0, 0]
+    scene = scene_of("change")
+    clip = targets.ClipTargets(scene, 12)
+    turning = next(t for t in scene.things if t.turn)
+    changed = [clip.happens(turning, i)[0][1:] for i in range(12)]
+    first = next(i for i, t in enumerate(clip.times) if t >= turning.turn.time_s)
+    assert changed == [[int(i >= first), int(i == first)] for i in range(12)]
+    assert [clip.n_changed(t) for t in clip.times] == [int(i >= first) for i in range(12)]
+    onset = scene.sounds[0].onset_s
+    assert clip.heard(onset - 0.01) == [0, 0] and clip.heard(onset + 0.01) == [1, 1]
+    assert clip.heard(scene.sounds[0].end_s + 0.01) == [0, 1]
+
+
+def test_tokens_and_names_say_what_the_scene_holds(targets: ModuleType) -> None:
+    events, build = script("pretrain_events"), script("build")
+    model, processor = build.build()
+    scenes = [scene_of("turns"), scene_of("change"), scene_of("crowd", sound=False)]
+    clips = events.Clips(processor, 1)
+    prepared, want = clips.batch(scenes)
+    plan = prepared.media.splice
+    assert all(len(t) == 3 and t.shape[1] == plan.shape[1] for t in want.values())
+    shown = want["look"].amax(-1) >= 0
+    assert shown.sum(1).tolist() == [3 * 16 + 12 * 4] * 3  # every patch of both streams
+    named = want["there"] >= 0
+    assert named.sum(1).tolist() == [len(targets.NAMES)] * 3
+    assert not (shown & named).any()
+    for row, scene in enumerate(scenes):
+        shapes = want["look"][row][shown[row]].amax(0).nonzero().flatten().tolist()
+        assert {targets.SHAPES[i] for i in shapes} == {t.shape for t in scene.things}
+    assert want["heard"][2].max() == -1 and want["flags"][2][..., 3].max() == 0
+    first = want["relations"][0][:, 0]
+    assert sorted(first[first >= 0].tolist()) == [0, 0, 1, 1]  # shape and colour of each thing
+    during = want["relations"][0][:, 2]
+    assert set(during[during >= 0].tolist()) == {0, 1}
+
+
+def test_reading_events_teaches_all_but_the_towers_and_the_upper_layers() -> None:
+    events, build, towers = script("pretrain_events"), script("build"), script("pretrain_towers")
+    model, processor = build.build()
+    for tower in (model.model.vision_tower, model.model.audio_tower):
+        tower.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    scenes = towers.Scenes(5)
+    clips = events.Clips(processor, 1)
+    batch = [scenes.next(lambda s: s.has_video) for _ in range(4)]
+    events.learn_events(model, lambda: clips.batch(batch), 2, 1e-3)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    changed = {k for k in after if not torch.equal(after[k], before[k])}
+    depth = model.config.text_config.num_hidden_layers
+    upper = [f"language_model.layers.{i}." for i in range(events.NAME_LAYERS, depth)]
+    assert any("mm_projector" in k for k in changed)
+    assert any("mm_audio_projector" in k for k in changed)
+    assert any(f"language_model.layers.{events.NAME_LAYERS - 1}." in k for k in changed)
+    assert not any("tower" in k or any(u in k for u in upper) for k in changed)
+
+
+def test_the_streams_are_compared_at_about_as_many_tokens() -> None:
+    streams, build = script("streams"), script("build")
+    counts = {}
+    for name, variant in streams.VARIANTS.items():
+        model, _ = build.build(0, variant.aggregator, variant.frames)
+        counts[name] = model.model.planner.video(variant.frames).n_tokens
+    assert counts == {"slow": 119, "fast": 120, "both": 111}
+
+
+def test_a_comparison_run_trains_on_features_and_counts_right_answers() -> None:
+    streams, build = script("streams"), script("build")
+    model, _ = build.build()
+    known = streams.Features(model.eval(), "streams", 6, seed=1)
+    assert known.patches.shape[:4] == (6, 32, 8, 8)
+    found = streams.run(streams.VARIANTS["fast"], 1, known, known, (1, 1))
+    assert set(found) == set(streams.SEEN) and sum(n for _, n in found.values()) > 6
+    assert all(0 <= right <= n for right, n in found.values())
+    runs = [{"variant": v, "seed": 1, "found": found} for v in streams.VARIANTS]
+    table = streams.markdown(runs)
+    assert "| all |" in table
+    assert all((f"| {k.replace('_', ' ')} |" in table) == (found[k][1] > 0) for k in found)
