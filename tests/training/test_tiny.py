@@ -184,7 +184,7 @@ def test_a_frame_says_what_moves_and_what_has_changed(targets: ModuleType) -> No
 
 def test_tokens_and_names_say_what_the_scene_holds(targets: ModuleType) -> None:
     events, build = script("pretrain_events"), script("build")
-    model, processor = build.build()
+    processor = build.build()[1]
     scenes = [scene_of("turns"), scene_of("change"), scene_of("crowd", sound=False)]
     clips = events.Clips(processor, 1)
     prepared, want = clips.batch(scenes)
