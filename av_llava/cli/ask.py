@@ -41,6 +41,7 @@ def command(
     base: o.Base = None,
     frames: o.Frames = None,
     fps: o.Fps = None,
+    source_fps: o.SourceFps = None,
     start: o.Start = None,
     end: o.End = None,
     audio: o.Audio = "auto",
@@ -109,6 +110,7 @@ def command(
     request = Request(
         frames=frames,
         fps=fps,
+        source_fps=source_fps,
         start_s=start,
         end_s=end,
         audio=audio,

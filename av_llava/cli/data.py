@@ -139,6 +139,7 @@ def stats(
     media_root: MediaRoot = None,
     frames: o.Frames = None,
     fps: o.Fps = None,
+    source_fps: o.SourceFps = None,
     audio: o.Audio = "auto",
     workers: Workers = 0,
     seed: Seed = 0,
@@ -162,9 +163,11 @@ def stats(
             raise UsageError(f"--plot must end in {', '.join(made_up.PLOT_SUFFIXES)}.")
         made_up.check_matplotlib()
     if model is None:
-        _only_with_model(frames=frames, fps=fps, audio=audio, index=index_file)
+        _only_with_model(
+            frames=frames, fps=fps, source_fps=source_fps, audio=audio, index=index_file
+        )
     store = _open(path, "stats", format, media_root, seed)
-    request = o.Request(frames=frames, fps=fps, audio=audio)
+    request = o.Request(frames=frames, fps=fps, source_fps=source_fps, audio=audio)
     lengths = (
         None if model is None else _measured(store, model, request, index_file, workers, output)
     )
@@ -244,6 +247,7 @@ def index(
     media_root: MediaRoot = None,
     frames: o.Frames = None,
     fps: o.Fps = None,
+    source_fps: o.SourceFps = None,
     audio: o.Audio = "auto",
     workers: Workers = 0,
     retry_errors: Annotated[
@@ -266,7 +270,7 @@ def index(
     store = _open(path, "index", format, media_root, seed)
     assert path is not None
     file = out or Path(f"{path.rstrip('/')}.index")
-    request = o.Request(frames=frames, fps=fps, audio=audio)
+    request = o.Request(frames=frames, fps=fps, source_fps=source_fps, audio=audio)
     found = _measured(store, model, request, file, workers, output, retry_errors)
     if as_json:
         output.data({"schema": SCHEMA, "file": str(file), **index_data(found)})
@@ -298,7 +302,8 @@ def _only_with_model(**given: Any) -> None:
     """Refuse options that only mean something where tokens are counted."""
     for name, value in given.items():
         if value not in (None, "auto"):
-            raise UsageError(f"--{name} counts only with --model, which says how tokens are made.")
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} counts only with --model, which says how tokens are made.")
 
 
 def _measured(
@@ -317,7 +322,12 @@ def _measured(
     from av_llava.training.index import build_index
 
     processor = light_processor(model)
-    options = processor.media_options(frames=request.frames, fps=request.fps, audio=request.audio)
+    options = processor.media_options(
+        frames=request.frames,
+        fps=request.fps,
+        source_fps=request.source_fps,
+        audio=request.audio,
+    )
     with _progress(output, len(store), "row") as progress:
         return build_index(
             store,

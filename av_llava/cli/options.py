@@ -124,6 +124,14 @@ Fps = Annotated[
         "--fps", metavar="RATE", help="Frames per second to look at, up to --frames of them."
     ),
 ]
+SourceFps = Annotated[
+    float | None,
+    typer.Option(
+        "--source-fps",
+        metavar="RATE",
+        help="Frame rate of a folder of frame images; 1 if not given.",
+    ),
+]
 Start = Annotated[
     float | None,
     typer.Option(
@@ -219,6 +227,7 @@ def _flag(name: str) -> str:
 ABOUT_MEDIA = (
     "frames",
     "fps",
+    "source_fps",
     "start_s",
     "end_s",
     "audio",
@@ -236,6 +245,7 @@ class Request:
 
     frames: int | None = None
     fps: float | None = None
+    source_fps: float | None = None
     start_s: float | None = None
     end_s: float | None = None
     audio: str = "auto"
@@ -276,7 +286,12 @@ class Request:
             )
         if self.aggregator is not None and self.max_visual_tokens is not None:
             raise UsageError("Give --aggregator or --max-visual-tokens, not both.")
-        SamplingSettings(frames=self.frames, fps=self.fps, backend=self.backend or "auto")
+        SamplingSettings(
+            frames=self.frames,
+            fps=self.fps,
+            source_fps=self.source_fps,
+            backend=self.backend or "auto",
+        )
         if self.aggregator is not None:
             from av_llava.aggregators import build
 

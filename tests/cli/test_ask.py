@@ -37,12 +37,13 @@ def test_warnings_about_media_are_told(cli_run: Callable, model: FakeModel, clip
 
 
 def test_flags_reach_the_library(cli_run: Callable, model: FakeModel, clip: str) -> None:
-    words = "--frames 4 --fps 2 --start 0:01 --end 1.5 --audio off --aggregator budget:99"
+    words = "--frames 4 --fps 2 --source-fps 3 --start 0:01 --end 1.5 --audio off --aggregator budget:99"
     words += " --max-tokens 7 --temperature 0.5 --top-p 0.9 --seed 3 --system Be. --backend pyav"
     cli_run("ask", clip, "What?", *words.split(), "--time-instruction")
     assert model.calls[0]["options"] == {
         "frames": 4,
         "fps": 2.0,
+        "source_fps": 3.0,
         "start_s": 1.0,
         "end_s": 1.5,
         "audio": "off",

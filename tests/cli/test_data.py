@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from clips import make_clip
 from conftest import ROOT, program
 
@@ -180,6 +181,22 @@ def test_an_index_is_written_and_used_again(cli_run: Callable, folder: Path) -> 
     assert bad.code == 7 and [e["row"] for e in bad.json["errors"]] == [1, 2, 3, 5]
 
 
+def test_a_folder_of_frames_is_measured_at_its_rate(cli_run: Callable, folder: Path) -> None:
+    frames = folder / "frames"
+    frames.mkdir()
+    for i in range(8):
+        Image.new("RGB", (32, 32), (30 * i, 0, 0)).save(frames / f"{i:03}.png")
+    (folder / "frames.json").write_text(json.dumps([row(video="frames")]))
+
+    def tokens(*words: str) -> int:
+        given = ("frames.json", "--out", f"{''.join(words)}.index", "--fps", "1", *words)
+        return cli_run("data", "index", *given, "--json").json["tokens"]
+
+    assert tokens("--source-fps", "1") == tokens() > tokens("--source-fps", "4")
+    wrong = cli_run("data", "index", "frames.json", "--source-fps", "0")
+    assert wrong.code == 2 and "source_fps" in wrong.err
+
+
 # ------------------------------------------------------------------ all of them
 
 
@@ -207,6 +224,7 @@ def test_wrong_words(cli_run: Callable, folder: Path, name: str) -> None:
         (["convert", "good.json", "out.json", "--to", "x"], 2, "Unknown format to write"),
         (["stats", "good.json", "--plot", "x.bmp"], 2, "--plot must end in"),
         (["stats", "good.json", "--frames", "3"], 2, "--frames counts only with --model"),
+        (["stats", "good.json", "--source-fps", "3"], 2, "--source-fps counts only with --model"),
         (["stats", "good.json", "--index", "x"], 2, "--index counts only with --model"),
         (["index", "good.json", "-m", "none/of/this"], 4, "no folder 'none/of/this'"),
         (["index", "good.json", "--out", "film.mp4"], 2, "is no index of av_llava"),
