@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tiny-model tiny-eval demo test check bench gpu-check fmt test-oldest llama-test test-lmms clean
+.PHONY: help setup tiny-model tiny-eval tiny-streams demo test check bench gpu-check fmt test-oldest llama-test test-lmms clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -52,6 +52,9 @@ tiny-model: setup  ## Train the small model that ships, from nothing (docs/tiny.
 
 tiny-eval: setup  ## Held-out accuracy of the small model, whole, muted and blanked.
 	$(BIN)/python scripts/tiny/evaluate.py $(if $(MODEL),--model $(MODEL))
+
+tiny-streams: setup  ## Slow, fast and both streams at equal tokens (docs/tiny.md; about an hour).
+	$(BIN)/python scripts/tiny/streams.py $(or $(MODEL),av_llava/av-llava-tiny)
 
 fmt: setup  ## Format, and repair what can be repaired.
 	$(BIN)/ruff check --fix .
