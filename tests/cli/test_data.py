@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from clips import make_clip
 from conftest import ROOT, program
+from PIL import Image
 
 from av_llava.cli import data as command
 
