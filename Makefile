@@ -40,14 +40,19 @@ check: setup  ## Lint, formatting, types, import directions.
 	$(BIN)/lint-imports
 
 TINY ?= runs/tiny
-tiny-model: setup  ## Train the small model that ships, from nothing (docs/tiny.md; an hour or more).
+TINY_TRAIN = $(BIN)/torchrun --standalone --nproc_per_node 2 -m av_llava.cli train
+tiny-model: setup  ## Train the small model that ships, from nothing (docs/tiny.md; an hour).
 	$(BIN)/python scripts/tiny/build.py $(TINY)/start
-	$(BIN)/python scripts/tiny/make_data.py $(TINY)/data & data=$$!; \
+	{ $(BIN)/python scripts/tiny/make_data.py $(TINY)/data && for name in events conversations; do \
+	  $(BIN)/av-llava data index $(TINY)/data/$$name.json --model $(TINY)/start \
+	    --out $(TINY)/data/$$name.index || exit; done; } & data=$$!; \
 	  trap "kill $$data 2>/dev/null" EXIT; \
 	  $(BIN)/python scripts/tiny/pretrain_towers.py $(TINY)/start && wait $$data
 	$(BIN)/python scripts/tiny/pretrain_events.py $(TINY)/start
-	$(BIN)/torchrun --nproc_per_node 2 -m av_llava.cli train scripts/tiny/recipe.yaml \
-	  model.path=$(TINY)/start data.train=$(TINY)/data/conversations.json output=$(TINY)/run
+	$(TINY_TRAIN) scripts/tiny/events.yaml model.path=$(TINY)/start output=$(TINY)/events \
+	  data.train=$(TINY)/data/events.json data.index=$(TINY)/data/events.index
+	$(TINY_TRAIN) scripts/tiny/recipe.yaml model.path=$(TINY)/events/final output=$(TINY)/run \
+	  data.train=$(TINY)/data/conversations.json data.index=$(TINY)/data/conversations.index
 	@echo "The model is in $(TINY)/run/whole/final: make tiny-eval MODEL=$(TINY)/run/whole/final"
 
 tiny-eval: setup  ## Held-out accuracy of the small model, whole, muted and blanked.

@@ -2,8 +2,9 @@
 
 python scripts/tiny/make_data.py OUT [--clips N] [--seed S] [--workers W]
 
-Contract: clips are those of `av-llava data synth`, one conversation about each, of questions that
-the world asks; what is hard is asked more often.
+Contract: clips are those of `av-llava data synth`. `conversations.json` has one conversation about
+each, of questions that the world asks, what is hard more often; `events.json` asks about each clip
+in which something happens what it is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ WEIGHTS = {
     **dict.fromkeys(("yes_no_picture", "yes_no_sound"), 0.4),
 }
 """How much more often than others a question of a kind is chosen."""
+EVENTS = ("direction", "first", "order", "mover")
+"""Kinds that ask what happens."""
 
 
 def lessons(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -39,10 +42,14 @@ def lessons(scene: Scene, rng: np.random.Generator) -> list[Question]:
     return [asked[i] for i in rng.choice(len(asked), n, replace=False, p=weights / weights.sum())]
 
 
-def row(scene: Scene) -> dict[str, object]:
-    """The conversation about a clip, in LLaVA's format."""
+def happening(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """The question about what happens, if something does."""
+    return [q for q in all_questions(scene, rng) if q.kind in EVENTS]
+
+
+def row(scene: Scene, asked: list[Question]) -> dict[str, object]:
+    """A conversation about a clip, in LLaVA's format."""
     medium = "video" if scene.has_video else "audio"
-    asked = lessons(scene, generator(scene.seed, scene.index, scene.split, "lessons"))
     turns = []
     for i, question in enumerate(asked):
         mark = f"<{medium}>\n" if i == 0 else ""
@@ -54,6 +61,19 @@ def row(scene: Scene) -> dict[str, object]:
         "conversations": turns,
         "kind": [question.kind for question in asked],
     }
+
+
+def write(folder: Path, scenes: list[Scene]) -> None:
+    """Write both files of conversations."""
+    for name, choose in (("conversations", lessons), ("events", happening)):
+        rows = []
+        for scene in scenes:
+            asked = choose(scene, generator(scene.seed, scene.index, scene.split, name))
+            if asked:
+                rows.append(row(scene, asked))
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(rows), encoding="utf-8")
+        print(f"Wrote {file}: {len(rows)} conversations.")
 
 
 def main() -> None:
@@ -70,10 +90,7 @@ def main() -> None:
             print(f"{done}/{wanted} clips", flush=True)
 
     synthesize(given.out, given.clips, given.seed, SPLIT, given.workers, progress)
-    rows = [row(sample_scene(given.seed, i, SPLIT)) for i in range(given.clips)]
-    file = given.out / "conversations.json"
-    file.write_text(json.dumps(rows), encoding="utf-8")
-    print(f"Wrote {file}: {len(rows)} conversations.")
+    write(given.out, [sample_scene(given.seed, i, SPLIT) for i in range(given.clips)])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -129,11 +130,15 @@ def test_the_tokenizer_knows_the_worlds_words_and_any_other_text() -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_lessons_are_questions_that_the_world_asks_about_the_clip() -> None:
+def test_the_conversations_are_what_the_world_asks_about_the_clips(tmp_path: Path) -> None:
     data = script("make_data")
-    for index in range(40):
-        scene = sample_scene(5, index, "lessons")
-        row = data.row(scene)
+    scenes = [sample_scene(5, i, "lessons") for i in range(40)]
+    data.write(tmp_path, scenes)
+    rows, events = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("conversations", "events")
+    )
+    assert [r["id"] for r in rows] == [s.key for s in scenes]
+    for scene, row in zip(scenes, rows, strict=True):
         turns = row["conversations"]
         assert 2 <= len(turns) <= 2 * data.LONGEST and len(row["kind"]) == len(turns) // 2
         assert turns[0]["value"].startswith("<video>" if scene.has_video else "<audio>")
@@ -143,7 +148,9 @@ def test_lessons_are_questions_that_the_world_asks_about_the_clip() -> None:
                 assert any(s in asked["value"] and told["value"] == c for s, c in looks.items())
             if kind == "count":
                 assert told["value"] == ("one", "two", "three", "four")[len(scene.things) - 1]
-        assert row == data.row(scene)
+    happens = {s.key for s in scenes if s.plot in ("travel", "sequence", "change", "turns")}
+    assert {r["id"] for r in events} == happens
+    assert all(r["kind"][0] in data.EVENTS and len(r["conversations"]) == 2 for r in events)
 
 
 @pytest.fixture(scope="module")
