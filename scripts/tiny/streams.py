@@ -4,7 +4,7 @@ python scripts/tiny/streams.py FOLDER [--seeds N] [--out FILE.json]
 
 Contract: the vision tower of the checkpoint in FOLDER stays as it is, and its features of each clip
 are computed once and used by every run. Projector and language model start anew in each run, from a
-seed, and learn in both stages of the small model, shortly. Only what needs sight is asked; there is
+seed, and learn in the stages of the small model, shortly. Only what needs sight is asked; there is
 no sound. Reports the right answers by kind, as they come out, with intervals over the seeds' runs.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +22,8 @@ import torch
 from build import build
 from clip_targets import ClipTargets
 from evaluate import interval
-from make_data import lessons
-from pretrain_events import Clips, learn_events
+from make_data import EVENTS, lessons
+from pretrain_events import Clips, Loss, learn_events
 from pretrain_towers import GRID, halved_colour, train
 from torch import Tensor
 
@@ -37,6 +37,7 @@ from av_llava.training.world.picture import frames
 from av_llava.training.world.questions import Question, questions
 from av_llava.training.world.scene import generator
 
+Step = Callable[[], Loss]
 SEEN = tuple(name for name, kind in KINDS.items() if "audio" not in kind.needs)
 
 
@@ -140,7 +141,7 @@ def answered(logits: Tensor, labels: Tensor) -> list[bool]:
 
 
 def run(
-    variant: Variant, seed: int, taught: Features, held: Features, steps: tuple[int, int]
+    variant: Variant, seed: int, taught: Features, held: Features, steps: tuple[int, int, int]
 ) -> dict[str, list[int]]:
     """Train one model; right answers and questions by kind."""
     model, processor = build(seed, variant.aggregator, variant.frames)
@@ -154,19 +155,24 @@ def run(
 
     learn_events(model, events, steps[0], 2e-3)
 
-    def answer() -> tuple[Tensor, dict[str, float]]:
-        chosen, turns = [], []
-        while len(chosen) < 16:
-            index = int(rng.integers(len(taught.scenes)))
-            asked = [q for q in lessons(taught.scenes[index], rng) if q.kind in SEEN]
-            if asked:
-                chosen.append(index)
-                turns.append(conversation(asked))
-        prepared = clips.prepare(taught, chosen, turns)
-        return model(media=prepared.media, **prepared.tensors).loss, {}
+    def answers(kinds: tuple[str, ...], n: int) -> Step:
+        def step() -> Loss:
+            chosen, turns = [], []
+            while len(chosen) < n:
+                index = int(rng.integers(len(taught.scenes)))
+                asked = [q for q in lessons(taught.scenes[index], rng) if q.kind in kinds]
+                if asked:
+                    chosen.append(index)
+                    turns.append(conversation(asked))
+            prepared = clips.prepare(taught, chosen, turns)
+            return model(media=prepared.media, **prepared.tensors).loss, {}
+
+        return step
 
     model.train()
-    train(answer, [model], steps[1], 1e-3, "answers")
+    happening = tuple(kind for kind in SEEN if kind in EVENTS)
+    train(answers(happening, 32), [model], steps[1], 1e-3, "what happens")
+    train(answers(SEEN, 16), [model], steps[2], 1e-3, "answers")
     model.eval()
     found: dict[str, list[int]] = {kind: [0, 0] for kind in SEEN}
     pairs = [
@@ -219,11 +225,11 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--clips", type=int, default=4000)
     parser.add_argument("--held", type=int, default=600)
-    parser.add_argument("--event-steps", type=int, default=400)
-    parser.add_argument("--answer-steps", type=int, default=500)
+    parser.add_argument("--steps", default="250,120,250", help="of 0b, what happens, and all kinds")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    steps = tuple(map(int, given.steps.split(",")))
     towers = AVLlavaForConditionalGeneration.from_pretrained(given.folder, dtype=torch.float32)
     towers.eval()
     taught = Features(towers, "streams", given.clips, seed=1)
@@ -232,8 +238,7 @@ def main() -> None:
     for seed in map(int, given.seeds.split(",")):
         for name, variant in VARIANTS.items():
             start = time.monotonic()
-            steps = (given.event_steps, given.answer_steps)
-            found = run(variant, seed, taught, held, steps)
+            found = run(variant, seed, taught, held, (steps[0], steps[1], steps[2]))
             runs.append({"variant": name, "seed": seed, "found": found})
             print(f"{name}, seed {seed}: {time.monotonic() - start:.0f} s, {found}", flush=True)
             if given.out:

@@ -247,7 +247,7 @@ def test_a_comparison_run_trains_on_features_and_counts_right_answers() -> None:
     model, _ = build.build()
     known = streams.Features(model.eval(), "streams", 6, seed=1)
     assert known.patches.shape[:4] == (6, 32, 8, 8)
-    found = streams.run(streams.VARIANTS["fast"], 1, known, known, (1, 1))
+    found = streams.run(streams.VARIANTS["fast"], 1, known, known, (1, 1, 1))
     assert set(found) == set(streams.SEEN) and sum(n for _, n in found.values()) > 6
     assert all(0 <= right <= n for right, n in found.values())
     runs = [{"variant": v, "seed": 1, "found": found} for v in streams.VARIANTS]
