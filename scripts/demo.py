@@ -4,7 +4,7 @@ python scripts/demo.py            writes demo/clip.mp4 and asks about it
 python scripts/demo.py FILE       asks about a file of yours
 
 The clip is one of the synthetic world that the shipped model learned in (docs/tiny.md), but of a
-split that it has never seen: a red square moves down past a white circle, and a bell rings.
+split that it has never seen: a white circle moves down, then a red square does, and a bell rings.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from av_llava.training.world.scene import sample_scene
 from av_llava.training.world.write import write_clip
 
 FOLDER = Path(__file__).resolve().parents[1] / "demo"
-SEED, INDEX, SPLIT = 1, 15, "demo"
+SEED, INDEX, SPLIT = 1, 38452, "demo"
 QUESTIONS = {
     "What sound do you hear?": "bell",
     "Which way does the square move?": "down",
     "What colour is the square?": "red",
-    "Which shape is white?": "circle",
+    "Which shape moved when the sound played?": "square",
 }
 """With what is right."""
 

@@ -2,9 +2,10 @@
 
 python scripts/tiny/make_data.py OUT [--clips N] [--seed S] [--workers W]
 
-Contract: clips are those of `av-llava data synth`. `conversations.json` has one conversation about
-each, of questions that the world asks, what is hard more often; `events.json` asks about each clip
-in which something happens what it is.
+Contract: clips are those of `av-llava data synth`. `events.json` asks about each clip in which
+something happens what it is; `conversations.json` has one conversation about each, of questions
+that the world asks, what is hard more often; `looks.json` has others, in which shapes are asked for
+as often as what happens.
 """
 
 from __future__ import annotations
@@ -30,16 +31,25 @@ WEIGHTS = {
     **dict.fromkeys(("yes_no_picture", "yes_no_sound"), 0.4),
 }
 """How much more often than others a question of a kind is chosen."""
+LOOKS = 12_000
+"""Clips of the last file."""
 EVENTS = ("direction", "first", "order", "mover")
 """Kinds that ask what happens."""
 
 
-def lessons(scene: Scene, rng: np.random.Generator) -> list[Question]:
+def lessons(
+    scene: Scene, rng: np.random.Generator, weights: dict[str, float] = WEIGHTS
+) -> list[Question]:
     """The questions of one conversation, in random order, no two alike."""
     asked = all_questions(scene, rng)
-    weights = np.array([WEIGHTS.get(q.kind, 1.0) for q in asked])
+    shares = np.array([weights.get(q.kind, 1.0) for q in asked])
     n = min(LONGEST, len(asked))
-    return [asked[i] for i in rng.choice(len(asked), n, replace=False, p=weights / weights.sum())]
+    return [asked[i] for i in rng.choice(len(asked), n, replace=False, p=shares / shares.sum())]
+
+
+def looking(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """A conversation that asks for shapes as often as for what happens."""
+    return lessons(scene, rng, {**WEIGHTS, "shape": WEIGHTS["first"]})
 
 
 def happening(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -64,10 +74,15 @@ def row(scene: Scene, asked: list[Question]) -> dict[str, object]:
 
 
 def write(folder: Path, scenes: list[Scene]) -> None:
-    """Write both files of conversations."""
-    for name, choose in (("conversations", lessons), ("events", happening)):
+    """Write the files of conversations."""
+    files = (
+        ("events", happening, len(scenes)),
+        ("conversations", lessons, len(scenes)),
+        ("looks", looking, LOOKS),
+    )
+    for name, choose, n in files:
         rows = []
-        for scene in scenes:
+        for scene in scenes[:n]:
             asked = choose(scene, generator(scene.seed, scene.index, scene.split, name))
             if asked:
                 rows.append(row(scene, asked))

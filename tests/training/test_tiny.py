@@ -134,23 +134,26 @@ def test_the_conversations_are_what_the_world_asks_about_the_clips(tmp_path: Pat
     data = script("make_data")
     scenes = [sample_scene(5, i, "lessons") for i in range(40)]
     data.write(tmp_path, scenes)
-    rows, events = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("conversations", "events")
+    rows, events, looks = (
+        json.loads((tmp_path / f"{name}.json").read_text())
+        for name in ("conversations", "events", "looks")
     )
     assert [r["id"] for r in rows] == [s.key for s in scenes]
     for scene, row in zip(scenes, rows, strict=True):
         turns = row["conversations"]
         assert 2 <= len(turns) <= 2 * data.LONGEST and len(row["kind"]) == len(turns) // 2
         assert turns[0]["value"].startswith("<video>" if scene.has_video else "<audio>")
-        looks = {t.shape: t.colour for t in scene.things if not t.turn}
+        colours = {t.shape: t.colour for t in scene.things if not t.turn}
         for kind, asked, told in zip(row["kind"], turns[::2], turns[1::2], strict=True):
             if kind == "colour":
-                assert any(s in asked["value"] and told["value"] == c for s, c in looks.items())
+                assert any(s in asked["value"] and told["value"] == c for s, c in colours.items())
             if kind == "count":
                 assert told["value"] == ("one", "two", "three", "four")[len(scene.things) - 1]
     happens = {s.key for s in scenes if s.plot in ("travel", "sequence", "change", "turns")}
     assert {r["id"] for r in events} == happens
     assert all(r["kind"][0] in data.EVENTS and len(r["conversations"]) == 2 for r in events)
+    shapes = [sum(k == "shape" for r in some for k in r["kind"]) for some in (rows, looks)]
+    assert shapes[1] > 1.3 * shapes[0] > 0
 
 
 @pytest.fixture(scope="module")
