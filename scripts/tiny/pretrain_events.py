@@ -60,11 +60,15 @@ class Clips:
             sampling = replace(self.options.sampling, source_fps=fps)
             builder.options = replace(self.options, sampling=sampling, audio=sound)
             pictures = halved_colour(frames(clip.scene, clip.times))
-            names = "".join(f" {NAMES[i]}" for i in self.rng.permutation(len(NAMES)))
-            message = Message("user", (MediaPart("video", pictures), TextPart("\n" + names)))
+            message = Message("user", (MediaPart("video", pictures), self.written_names()))
             builder.add([message], add_generation_prompt=False, supervised=False)
         prepared = builder.finish("right", supervised=False)
         return prepared, self.targets(prepared, clips)
+
+    def written_names(self) -> TextPart:
+        """All names in a new order."""
+        order = self.rng.permutation(len(NAMES))
+        return TextPart("\n" + "".join(f" {NAMES[i]}" for i in order))
 
     def targets(self, prepared: Prepared, clips: list[ClipTargets]) -> dict[str, Tensor]:
         """What each token of a batch is to say."""

@@ -114,11 +114,7 @@ class CachedClips(Clips):
 
     def events(self, known: Features, chosen: Sequence[int]) -> tuple[Prepared, dict[str, Tensor]]:
         """Clips with names after them, and what each token is to say."""
-        names = list(self.names.values())
-        turns = []
-        for _ in chosen:
-            text = "".join(f" {names[i]}" for i in self.rng.permutation(len(names)))
-            turns.append([Message("user", (TextPart("\n" + text),))])
+        turns = [[Message("user", (self.written_names(),))] for _ in chosen]
         silent = [replace(known.scenes[i], sounds=()) for i in chosen]
         clips = [ClipTargets(scene, self.n_frames) for scene in silent]
         prepared = self.prepare(known, chosen, turns)

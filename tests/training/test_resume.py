@@ -26,14 +26,6 @@ from av_llava.training.run_folder import RunFolder
 STEPS = 10
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    make_base(folder)
-    make_data(folder, 8)
-    return folder
-
-
 def make(place: Path, output: Path, **changes):
     """With dropout, so that random numbers count, over several epochs."""
     own = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from train_runs import losses, make_base, make_data, recipe, recipe_data
+from train_runs import losses, recipe, recipe_data
 from transformers import TrainerCallback
 
 from av_llava.errors import DataError
@@ -24,14 +24,6 @@ from av_llava.training.run_folder import RunFolder
 from av_llava.training.termination import TerminatedError, Termination
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs signals of POSIX")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    make_base(folder)
-    make_data(folder, 8)
-    return folder
 
 
 class Sends(TrainerCallback):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny
 from torch.nn import functional
-from train_runs import logged, make_base, make_data, recipe, trainer_of
+from train_runs import logged, recipe, trainer_of
 from training_data import dataset_of, make_media, some_samples
 from transformers import TrainerCallback
 
@@ -20,14 +20,6 @@ from av_llava.training.run import train
 from av_llava.training.told_apart import KindLosses, part_norms
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    make_base(folder)
-    make_data(folder, 8)
-    return folder
 
 
 def oracle(model, data, rows) -> dict[str, float]:

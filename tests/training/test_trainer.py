@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny
-from train_runs import logged, losses, make_base, make_data, recipe, trainer_of
+from train_runs import logged, losses, make_data, recipe, trainer_of
 from training_data import dataset_of, make_media, sample, some_samples
 from transformers import TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -26,14 +26,6 @@ from av_llava.training.meters import LossWatch, Meters, check_supervised
 from av_llava.training.prepare import Hooks
 from av_llava.training.preview import preview
 from av_llava.training.run import train
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    make_base(folder)
-    make_data(folder, 8)
-    return folder
 
 
 @pytest.fixture
