@@ -1,17 +1,20 @@
 """What each stream is worth: slow alone, fast alone, and both, at about as many tokens a clip.
 
-python scripts/tiny/streams.py FOLDER [--seeds N] [--out FILE.json]
+python scripts/tiny/streams.py FOLDER [--seeds 1,2,3] [--jobs N] [--out FILE.json]
 
 Contract: the vision tower of the checkpoint in FOLDER stays as it is, and its features of each clip
 are computed once and used by every run. Projector and language model start anew in each run, from a
-seed, and learn in the stages of the small model, shortly. Only what needs sight is asked; there is
-no sound. Reports the right answers by kind, as they come out, with intervals over the seeds' runs.
+seed, and learn in the stages of the small model, shortly; several runs at a time, on one
+core each. Only what needs sight is asked; there is no sound. Reports the right answers by kind, as
+they come out, with intervals over the seeds' runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.multiprocessing  # its tensors pass between processes through shared memory
 from build import build
 from clip_targets import ClipTargets
 from evaluate import interval
@@ -77,13 +81,19 @@ def encode(model: AVLlavaForConditionalGeneration, scenes: Sequence[Scene]) -> T
     return torch.stack(out)
 
 
+@dataclass(frozen=True)
 class Features:
     """Scenes with pictures, and what the tower gave for them."""
 
-    def __init__(self, model: AVLlavaForConditionalGeneration, split: str, n: int, seed: int):
-        many = (sample_scene(seed, i, split) for i in range(4 * n))
-        self.scenes = [s for s in many if s.has_video][:n]
-        self.patches = encode(model, self.scenes)
+    scenes: list[Scene]
+    patches: Tensor
+    """bfloat16 [scenes, frames, GRID, GRID, width]"""
+
+
+def seen(split: str, n: int, seed: int) -> list[Scene]:
+    """The first n scenes of a split that have pictures."""
+    many = (sample_scene(seed, i, split) for i in range(4 * n))
+    return [scene for scene in many if scene.has_video][:n]
 
 
 class CachedClips(Clips):
@@ -147,13 +157,14 @@ def run(
     clips, rng = CachedClips(processor, seed), np.random.default_rng(seed)
 
     def events() -> tuple[Prepared, dict[str, Tensor]]:
-        return clips.events(taught, rng.integers(len(taught.scenes), size=32))
+        return clips.events(taught, rng.integers(len(taught.scenes), size=32).tolist())
 
     learn_events(model, events, steps[0], 2e-3)
 
     def answers(kinds: tuple[str, ...], n: int) -> Step:
         def step() -> Loss:
-            chosen, turns = [], []
+            chosen: list[int] = []
+            turns: list[list[Message]] = []
             while len(chosen) < n:
                 index = int(rng.integers(len(taught.scenes)))
                 asked = [q for q in lessons(taught.scenes[index], rng) if q.kind in kinds]
@@ -214,6 +225,26 @@ def markdown(runs: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+# What every run needs; workers inherit it by fork, so that features are held in memory once.
+_towers: AVLlavaForConditionalGeneration | None = None
+_taught: Features | None = None
+_held: Features | None = None
+
+
+def _encode_some(scenes: list[Scene]) -> Tensor:
+    assert _towers is not None
+    return encode(_towers, scenes)
+
+
+def _run_one(job: tuple[str, int, tuple[int, int, int]]) -> dict[str, object]:
+    name, seed, steps = job
+    assert _taught is not None and _held is not None
+    start = time.monotonic()
+    found = run(VARIANTS[name], seed, _taught, _held, steps)
+    seconds = round(time.monotonic() - start)
+    return {"variant": name, "seed": seed, "seconds": seconds, "found": found}
+
+
 def main() -> None:
     """Train every variant with every seed and print the table."""
     parser = argparse.ArgumentParser(description="Slow, fast and both streams, compared.")
@@ -221,22 +252,34 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--clips", type=int, default=4000)
     parser.add_argument("--held", type=int, default=600)
-    parser.add_argument("--steps", default="250,120,250", help="of 0b, what happens, and all kinds")
+    parser.add_argument("--steps", default="300,300,500", help="of 0b, what happens, and all kinds")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    steps = tuple(map(int, given.steps.split(",")))
-    towers = AVLlavaForConditionalGeneration.from_pretrained(given.folder, dtype=torch.float32)
-    towers.eval()
-    taught = Features(towers, "streams", given.clips, seed=1)
-    held = Features(towers, "heldout", given.held, seed=2028)
+    torch.set_num_threads(1)  # before any work: a fork after threads have worked would hang
+    global _towers, _taught, _held
+    fork = multiprocessing.get_context("fork")
+    _towers = AVLlavaForConditionalGeneration.from_pretrained(given.folder, dtype=torch.float32)
+    _towers.eval()
+    taught, held = seen("streams", given.clips, 1), seen("heldout", given.held, 2028)
+    scenes = [*taught, *held]
+    with fork.Pool(given.jobs) as pool:
+        share = -(-len(scenes) // given.jobs)
+        chunks = [scenes[i : i + share] for i in range(0, len(scenes), share)]
+        patches = torch.cat(pool.map(_encode_some, chunks))
+    _taught = Features(taught, patches[: len(taught)])
+    _held = Features(held, patches[len(taught) :])
+    first, happening, answering = map(int, given.steps.split(","))
+    jobs = [
+        (name, seed, (first, happening, answering))
+        for seed in map(int, given.seeds.split(","))
+        for name in VARIANTS
+    ]
     runs: list[dict[str, object]] = []
-    for seed in map(int, given.seeds.split(",")):
-        for name, variant in VARIANTS.items():
-            start = time.monotonic()
-            found = run(variant, seed, taught, held, (steps[0], steps[1], steps[2]))
-            runs.append({"variant": name, "seed": seed, "found": found})
-            print(f"{name}, seed {seed}: {time.monotonic() - start:.0f} s, {found}", flush=True)
+    with fork.Pool(given.jobs) as pool:
+        for one in pool.imap(_run_one, jobs, chunksize=1):
+            runs.append(one)
+            print(one, flush=True)
             if given.out:
                 given.out.write_text(json.dumps(runs) + "\n", encoding="utf-8")
     print(markdown(runs))

@@ -254,7 +254,8 @@ def test_the_streams_are_compared_at_about_as_many_tokens() -> None:
 def test_a_comparison_run_trains_on_features_and_counts_right_answers() -> None:
     streams, build = script("streams"), script("build")
     model, _ = build.build()
-    known = streams.Features(model.eval(), "streams", 6, seed=1)
+    scenes = streams.seen("streams", 6, seed=1)
+    known = streams.Features(scenes, streams.encode(model.eval(), scenes))
     assert known.patches.shape[:4] == (6, 32, 8, 8)
     found = streams.run(streams.VARIANTS["fast"], 1, known, known, (1, 1, 1))
     assert set(found) == set(streams.SEEN) and sum(n for _, n in found.values()) > 6

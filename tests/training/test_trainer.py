@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -397,15 +399,18 @@ def test_evaluation_loss_against_an_oracle(run_of, place) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_language_models_train_alike(run_of, monkeypatch) -> None:
-    """Traced as they are with ``compile``, but run as they stand: no compiler of C++ is needed."""
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_language_models_train_alike(run_of, monkeypatch, backend) -> None:
+    """Traced and run as they stand; and as ``compile`` does it, where there is a C++ compiler."""
+    if backend == "inductor" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no compiler of C++")
     plain = run_of(training={"max_steps": 3})
     train(plain)
     compiled, calls = torch.nn.Module.compile, []
 
     def traced(self, **options):
         calls.append((type(self).__name__, options))
-        compiled(self, backend="aot_eager", **options)
+        compiled(self, backend=backend, **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
     settings = run_of(training={"max_steps": 3}, compile=True)
