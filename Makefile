@@ -42,22 +42,20 @@ check: setup  ## Lint, formatting, types, import directions.
 TINY ?= runs/tiny
 TINY_TRAIN = $(BIN)/torchrun --standalone --nproc_per_node 2 -m av_llava.cli train \
   scripts/tiny/recipe.yaml
-TINY_DATA = data.train=$(TINY)/data/$(1).json data.index=$(TINY)/data/$(1).index
 tiny-model: setup  ## Train the small model that ships, from nothing (docs/tiny.md; an hour).
 	$(BIN)/python scripts/tiny/build.py $(TINY)/start
 	{ $(BIN)/python scripts/tiny/make_data.py $(TINY)/data && \
 	  for name in events conversations looks; do \
-	    $(BIN)/av-llava data index $(TINY)/data/$$name.json --model $(TINY)/start \
-	      --out $(TINY)/data/$$name.index || exit; \
+	    $(BIN)/av-llava data index $(TINY)/data/$$name.json --model $(TINY)/start || exit; \
 	  done; } & data=$$!; \
 	  trap "kill $$data 2>/dev/null" EXIT; \
 	  $(BIN)/python scripts/tiny/pretrain_towers.py $(TINY)/start && wait $$data
 	$(BIN)/python scripts/tiny/pretrain_events.py $(TINY)/start
-	$(TINY_TRAIN) $(call TINY_DATA,events) model.path=$(TINY)/start output=$(TINY)/events \
+	$(TINY_TRAIN) data.train=$(TINY)/data/events.json model.path=$(TINY)/start output=$(TINY)/events \
 	  training.max_steps=500 batch.max_samples=16
-	$(TINY_TRAIN) $(call TINY_DATA,conversations) model.path=$(TINY)/events/final \
+	$(TINY_TRAIN) data.train=$(TINY)/data/conversations.json model.path=$(TINY)/events/final \
 	  output=$(TINY)/answers training.max_steps=1500
-	$(TINY_TRAIN) $(call TINY_DATA,looks) model.path=$(TINY)/answers/final output=$(TINY)/run \
+	$(TINY_TRAIN) data.train=$(TINY)/data/looks.json model.path=$(TINY)/answers/final output=$(TINY)/run \
 	  training.max_steps=700
 	@echo "The model is in $(TINY)/run/final: make tiny-eval MODEL=$(TINY)/run/final"
 

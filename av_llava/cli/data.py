@@ -269,7 +269,9 @@ def index(
     output = _begin(as_json, quiet, verbose)
     store = _open(path, "index", format, media_root, seed)
     assert path is not None
-    file = out or Path(f"{path.rstrip('/')}.index")
+    from av_llava.training.index_file import beside
+
+    file = out or beside(path)
     request = o.Request(frames=frames, fps=fps, source_fps=source_fps, audio=audio)
     found = _measured(store, model, request, file, workers, output, retry_errors)
     if as_json:

@@ -81,6 +81,25 @@ def stamp(path: str) -> Stamp:
     return [found.st_size, found.st_mtime_ns]
 
 
+def beside(data: str) -> Path:
+    """Where ``av-llava data index`` keeps the lengths of a data file or folder."""
+    return Path(f"{data.rstrip('/')}.index").expanduser()
+
+
+def is_for(path: Path, key: dict[str, str], n_rows: int) -> bool:
+    """Whether a file holds lengths of these data and options, and no process is writing it."""
+    if not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
+        return False
+    with path.open("rb") as handle:
+        if not try_lock(handle.fileno(), shared=True):
+            return False
+        first = handle.readline(_LONGEST_HEAD)
+    try:
+        return bool(json.loads(first) == {"schema": SCHEMA, "rows": n_rows, **key})
+    except ValueError:
+        return False
+
+
 class IndexFile:
     """What was measured of one store.
 

@@ -27,7 +27,8 @@ from av_llava.training.cached_media import CachedMedia
 from av_llava.training.callbacks import Say
 from av_llava.training.dataset import TrainingDataset
 from av_llava.training.feature_cache import GIB, FeatureStore, TowerKeys
-from av_llava.training.index import MODALITY_BITS, LengthIndex, build_index
+from av_llava.training.index import MODALITY_BITS, LengthIndex, Measurer, build_index
+from av_llava.training.index_file import beside, is_for
 from av_llava.training.modality_dropout import ModalityDropout, plan_dropout
 from av_llava.training.packing import check_packing
 from av_llava.training.parts import PartsTable, apply_trainable
@@ -91,7 +92,7 @@ def prepare(
     start = starting_digest(model)
     options = media_options(settings, model)
     measure = functools.partial(measured, settings, args, model, options, folder, hooks)
-    index = measure(store, data.index, "train.index")
+    index = measure(store, data.train or "", data.index, "train.index")
     table = settle(settings, model)
     check_rows(store, index)
     check_modalities(table, index)
@@ -121,7 +122,7 @@ def prepare(
     sampler = _sampler(dataset, settings, args)
     other = None
     if held_out is not None:
-        other = make(held_out, measure(held_out, None, "eval.index"))
+        other = make(held_out, measure(held_out, data.eval or "", None, "eval.index"))
     return Prepared(settings, args, model, table, store, index, dataset, sampler, start, other)
 
 
@@ -276,6 +277,7 @@ def measured(
     folder: RunFolder,
     hooks: Hooks,
     store: SampleStore,
+    data: str,
     given: str | None,
     name: str,
 ) -> LengthIndex:
@@ -284,11 +286,16 @@ def measured(
     Args:
         settings, args, model, options, folder, hooks: of the run.
         store: the samples.
-        given: file that keeps them, or None for one in the run's folder.
+        data: file or folder that they are read from.
+        given: file that keeps the lengths; None takes the one beside the data if it is for them and
+            for this model, else one in the run's folder.
         name: of that one.
     """
     file = Path(given).expanduser() if given else folder.path / LENGTHS / name
     with first_alone(args):
+        if not given:
+            key = Measurer(store, model.processor, options).key()
+            file = beside(data) if is_for(beside(data), key, len(store)) else file
         return build_index(
             store,
             model.processor,

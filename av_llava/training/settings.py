@@ -113,7 +113,8 @@ class DataSettings(Settings):
     media_root: str | None = None
     """Folder that relative paths of media start from; None is the data file's own."""
     index: str | None = None
-    """File of lengths (av-llava data index) for ``train``; None measures into the run's folder."""
+    """File of lengths for ``train``; None takes what av-llava data index keeps beside the data, if
+    it is for this model and these settings, and else measures into the run's folder."""
     frames: int | None = None
     """Upper bound of frames a video; None is the model's own."""
     fps: float | None = None

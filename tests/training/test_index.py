@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import resource
@@ -17,8 +18,10 @@ import pytest
 import torch
 from clips import make_clip
 from PIL import ExifTags, Image
+from train_runs import make_base, make_data, recipe, trainer_of
 
 import av_llava
+from av_llava.cli.main import run
 from av_llava.demo_model import tiny_config, tiny_tokenizer
 from av_llava.errors import DataError, UsageError
 from av_llava.inspection import light_processor
@@ -27,6 +30,7 @@ from av_llava.settings import IGNORE_INDEX
 from av_llava.training import index as index_module
 from av_llava.training.index import Measurer, build_index, modality_name
 from av_llava.training.index_file import CHUNK_ROWS, IndexFile
+from av_llava.training.run_folder import LENGTHS
 from av_llava.training.store import open_store
 
 torch.set_num_threads(1)
@@ -258,6 +262,37 @@ def test_training_uses_what_the_command_measured(folder, monkeypatch):
     assert build_index(store, other, strict, file=file).errors and chunks == [0]
 
 
+def test_training_finds_the_index_beside_its_data(tmp_path, monkeypatch):
+    base, data = make_base(tmp_path), make_data(tmp_path, 4)
+    command = ["data", "index", data.name, "--model", "base", "--frames"]
+    monkeypatch.chdir(tmp_path)
+    assert run([*command, "4"]) == 0
+    file, chunks = tmp_path / "data.jsonl.index", spy(monkeypatch)
+    kept = file.read_bytes()
+
+    def lengths(output, **changes):
+        _, prepared = trainer_of(recipe(base, data, tmp_path / output, **changes))
+        return prepared.index.lengths.tolist()
+
+    as_kept = lengths("one")
+    assert not chunks and not (tmp_path / "one" / LENGTHS).exists()
+    other = lengths("two", data={"frames": 2})  # not what it was made for: left as it is
+    assert chunks == [0] and other != as_kept and file.read_bytes() == kept
+    with file.open("rb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # as one that writes it does
+        assert lengths("three") == as_kept
+    assert chunks == [0, 0] and (tmp_path / "three" / LENGTHS / "train.index").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]\n", b'{"schema": "av-llava-index/1"}\n'])
+def test_what_lies_beside_the_data_is_not_touched(tmp_path, content):
+    base, data = make_base(tmp_path), make_data(tmp_path, 4)
+    file = tmp_path / "data.jsonl.index"
+    file.write_bytes(content)
+    trainer_of(recipe(base, data, tmp_path / "out"))
+    assert file.read_bytes() == content
+
+
 @pytest.mark.parametrize("change", [change_length, change_time, change_presence, change_sound])
 def test_media_that_change_are_measured_again(folder, processor, change, monkeypatch):
     film, sound = row(video="film.mp4"), row(video="mute.mp4", audio="sound.wav")
@@ -387,6 +422,7 @@ def test_sound_given_as_an_array_is_refused(folder, processor):
 
 SCRIPT = """
 import sys, json, time, threading, os
+from av_llava.cli.main import run
 from av_llava.demo_model import tiny_config, tiny_tokenizer
 from av_llava.processor import AVLlavaProcessor
 from av_llava.training.index import build_index
