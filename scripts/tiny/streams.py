@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +27,6 @@ import torch
 import torch.multiprocessing  # its tensors pass between processes through shared memory
 from build import build
 from clip_targets import ClipTargets
-from evaluate import interval
 from make_data import EVENTS, lessons
 from pretrain_events import Clips, Loss, learn_events
 from pretrain_towers import GRID, halved_colour, train
@@ -42,6 +43,8 @@ from av_llava.training.world.questions import Question, questions
 from av_llava.training.world.scene import generator
 
 Step = Callable[[], Loss]
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""0.975-quantiles with 1 to 9 degrees of freedom."""
 SEEN = tuple(name for name, kind in KINDS.items() if "audio" not in kind.needs)
 
 
@@ -201,8 +204,16 @@ def run(
     return found
 
 
+def spread(shares: Sequence[float]) -> float:
+    """Half of the 95 % interval of a mean over seeds, by Student's t; nan for a single seed."""
+    n = len(shares)
+    if n == 1:
+        return math.nan
+    return STUDENT_T[min(n - 2, len(STUDENT_T) - 1)] * statistics.stdev(shares) / math.sqrt(n)
+
+
 def markdown(runs: list[dict[str, object]]) -> str:
-    """The table as it stands in docs/tiny.md: mean over seeds (interval; each seed's)."""
+    """The table as it stands in docs/tiny.md: mean over seeds ± half its interval (each seed's)."""
     lines = ["| kind | questions | " + " | ".join(VARIANTS) + " |"]
     lines.append("| --- | --- |" + " --- |" * len(VARIANTS))
     for kind in (*SEEN, "all"):
@@ -213,13 +224,9 @@ def markdown(runs: list[dict[str, object]]) -> str:
                 found: dict[str, list[int]] = one["found"]  # type: ignore[assignment]
                 counts = found.values() if kind == "all" else [found[kind]]
                 right, n = (sum(c[k] for c in counts) for k in (0, 1))
-                shares.append((right, n))
-            if not n:
-                break
-            mean = sum(r for r, _ in shares) / (n * len(shares))
-            low, high = interval(round(mean * n), n)  # all seeds are asked the same questions
-            each = ", ".join(f"{100 * r / m:.0f}" for r, m in shares)
-            cells.append(f"{100 * mean:.1f} ({100 * low:.1f}-{100 * high:.1f}; {each})")
+                shares.append(100 * right / max(n, 1))
+            each = ", ".join(f"{share:.0f}" for share in shares)
+            cells.append(f"{statistics.mean(shares):.1f} ± {spread(shares):.1f} ({each})")
         if n:
             lines.append(f"| {kind.replace('_', ' ')} | {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -261,6 +261,12 @@ def test_a_comparison_run_trains_on_features_and_counts_right_answers() -> None:
     assert set(found) == set(streams.SEEN) and sum(n for _, n in found.values()) > 6
     assert all(0 <= right <= n for right, n in found.values())
     runs = [{"variant": v, "seed": 1, "found": found} for v in streams.VARIANTS]
-    table = streams.markdown(runs)
+    assert "nan" in streams.markdown(runs)  # one seed has no interval
+    table = streams.markdown([*runs, *runs])
+    assert "nan" not in table and "± 0.0 (" in table
     assert "| all |" in table
     assert all((f"| {k.replace('_', ' ')} |" in table) == (found[k][1] > 0) for k in found)
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    assert script("streams").spread([70.0, 80.0, 90.0]) == pytest.approx(4.303 * 10 / 3**0.5)
