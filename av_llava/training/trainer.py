@@ -166,7 +166,10 @@ class AVTrainer(Trainer):
         norm = super()._get_grad_norm(*args, **kwargs)
         step = self.state.global_step + 1
         self.losses.add_norm(norm, step)
-        if (step == 1 and self.args.logging_first_step) or step % self.state.logging_steps == 0:
+        # The log of an epoch may come after any step.
+        by_epoch = self.args.logging_strategy == "epoch"
+        first = step == 1 and self.args.logging_first_step
+        if by_epoch or first or step % self.state.logging_steps == 0:
             self._of_step = self._told_by_part(norm)
         return norm
 
@@ -230,6 +233,7 @@ class AVTrainer(Trainer):
                 self.bad_media.judge(*(round(n) for n in gather(seen).sum(0).tolist()))
             logs |= self.kinds.take(self.args.device, gather)
             logs |= {k: v.item() if isinstance(v, Tensor) else v for k, v in self._of_step.items()}
+            self._of_step = {}
         super().log(logs, start_time)
 
     def _gathered(self, rows: Tensor) -> Tensor:

@@ -131,3 +131,26 @@ def test_modality_dropout_is_told(place: Path, tmp_path: Path) -> None:
     train(settings)
     kinds = {k for row in logged(tmp_path / "out") for k in row if k.startswith("loss/")}
     assert "loss/video" in kinds and "loss/video+audio" not in kinds
+
+
+def test_the_log_of_an_epoch_tells_of_its_last_step(place: Path, tmp_path: Path) -> None:
+    settings = recipe(
+        place / "base", place / "data.jsonl", tmp_path / "out",
+        training={"max_steps": -1, "num_train_epochs": 2, "logging_strategy": "epoch"},
+    )  # fmt: skip
+    trainer, _ = trainer_of(settings)
+    told = []
+
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **_):
+            told.append(dict(trainer._of_step))
+
+    trainer.add_callback(Norms())
+    trainer.train()
+    rows = [r for r in trainer.state.log_history if "loss" in r]
+    steps = trainer.state.max_steps
+    assert [r["step"] for r in rows][-2:] == [steps // 2, steps] and len(told) == steps
+    for row in rows[-2:]:
+        of_step = {k: float(v) for k, v in told[row["step"] - 1].items()}
+        assert any(k.startswith("grad_norm/") for k in of_step)
+        assert {k: row[k] for k in of_step} == pytest.approx(of_step)
