@@ -25,6 +25,7 @@ from av_llava.training.dataset import TrainingDataset
 from av_llava.training.loss import where_learned
 from av_llava.training.samples import Sample
 from av_llava.training.settings import EvaluationSettings
+from av_llava.training.told_apart import KindLosses
 
 if TYPE_CHECKING:
     from av_llava.training.trainer import AVTrainer
@@ -94,13 +95,13 @@ class Evaluation:
         metrics: dict[str, float] = {}
         with torch.no_grad(), trainer.accelerator.autocast():
             if self.settings.loss:
-                metrics["eval_loss"] = self._loss(trainer)
+                metrics |= self._loss(trainer)
             if self.settings.samples:
                 metrics |= self._scores(trainer)
         return metrics
 
-    def _loss(self, trainer: AVTrainer) -> float:
-        """Mean over all learned tokens."""
+    def _loss(self, trainer: AVTrainer) -> dict[str, float]:
+        """Mean over all learned tokens, and over those of samples that hold the same media."""
         args = trainer.args
         sampler = TokenBudgetBatchSampler(
             self.dataset.lengths(),
@@ -118,14 +119,18 @@ class Evaluation:
             num_workers=workers,
             generator=torch.Generator(),
         )
-        total = torch.zeros(2, dtype=torch.float64)
+        total, kinds = torch.zeros(2, dtype=torch.float64), KindLosses()
         for batch in loader:
-            count = sum(batch.pop("info").supervised)
+            info = batch.pop("info")
+            count = sum(info.supervised)
             inputs = trainer._prepare_inputs(where_learned({**batch, "use_cache": False}))
-            loss = trainer.model(**inputs, num_items_in_batch=count).loss
-            total += torch.tensor([loss.item() * count, count], dtype=torch.float64)
+            outputs = trainer.model(**inputs, num_items_in_batch=count)
+            total += torch.tensor([outputs.loss.item() * count, count], dtype=torch.float64)
+            kinds.add(outputs.logits, inputs["labels"], info, inputs.get("logits_to_keep"))
         summed = _summed(trainer, total)
-        return float(summed[0] / summed[1].clamp(min=1))
+        gather = trainer.gathered if args.world_size > 1 else None
+        by_kind = {f"eval_{k}": v for k, v in kinds.take(args.device, gather).items()}
+        return {"eval_loss": float(summed[0] / summed[1].clamp(min=1)), **by_kind}
 
     def _scores(self, trainer: AVTrainer) -> dict[str, float]:
         """Mean score of answers, together and by the chosen key."""
@@ -187,5 +192,4 @@ def _summed(trainer: AVTrainer, values: torch.Tensor) -> torch.Tensor:
     """Sum over processes."""
     if trainer.args.world_size <= 1:
         return values
-    spread_out = trainer.accelerator.gather(values.float()[None].to(trainer.args.device))
-    return spread_out.sum(0).double().cpu()
+    return trainer.gathered(values.float()[None]).sum(0).double()

@@ -224,7 +224,7 @@ class AVTrainer(Trainer):
         """Add our figures to those of a step."""
         if "loss" in logs:
             self.losses.check()
-            gather = self._gathered if self.args.world_size > 1 else None
+            gather = self.gathered if self.args.world_size > 1 else None
             logs |= self.meters.take(gather)
             if self.bad_media is not None and gather is not None:
                 seen = torch.tensor(
@@ -236,7 +236,8 @@ class AVTrainer(Trainer):
             self._of_step = {}
         super().log(logs, start_time)
 
-    def _gathered(self, rows: Tensor) -> Tensor:
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Rows of all processes on the host; every process must call it. [n, m] → [ranks * n, m]"""
         return self.accelerator.gather(rows.to(self.args.device)).cpu()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_runs import logged, logits_of, make_base, make_data
+from train_runs import logged, logits_of, make_base, make_data, trainer_of
 from training_data import make_media, sample
 
 import av_llava
@@ -209,6 +209,9 @@ def test_two_processes_train_together(place: Path, tmp_path: Path) -> None:
         str(RECIPES / "lora.yaml"), f"model.path={place / 'base'}",
         f"data.train={place / 'data.jsonl'}", *SHORT, "lora.rank=4", "training.bf16=false",
         "lora.dropout=0", "batch.max_samples=1", "batch.max_tokens=4000",
+        f"data.eval={place / 'data.jsonl'}", "training.eval_strategy=steps",
+        "training.eval_steps=3", "training.eval_on_start=true", "evaluation.max_new_tokens=3",
+        "evaluation.samples=7", "evaluation.scorer=operator:lt",  # of random texts
     ]  # fmt: skip
     together = torchrun(
         *words, f"output={tmp_path / 'two'}", "training.gradient_accumulation_steps=1"
@@ -220,6 +223,15 @@ def test_two_processes_train_together(place: Path, tmp_path: Path) -> None:
     assert record["world_size"] == 2 and record["status"] == "finished"
     assert (tmp_path / "two" / "checkpoint-2" / "rng_state_1.pth").is_file()
     assert torch.isfinite(logits_of(tmp_path / "two" / "final")).all()
+    lines = (tmp_path / "two" / "train_log.jsonl").read_text().splitlines()
+    before, after = (r for r in map(json.loads, lines) if "eval_loss" in r)
+    assert (before["step"], after["step"]) == (0, 3) and after["eval_loss"] < before["eval_loss"]
+    one = [*words[1:], f"output={tmp_path / 'one'}"]
+    (settings,) = runs_of(read_recipe(words[0], one))
+    alone = trainer_of(settings)[0].evaluate()
+    assert {f"eval_loss/{m}" for m in ("text", "video", "video+audio")} < alone.keys()
+    assert 0 < alone["eval_score"] < 1
+    assert {k: before[k] for k in alone} == pytest.approx(alone, rel=1e-5)
     again = torchrun(
         *words, f"output={tmp_path / 'two'}", "training.gradient_accumulation_steps=1", "--resume"
     )

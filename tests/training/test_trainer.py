@@ -23,6 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from av_llava.errors import DataError, UsageError
 from av_llava.training.callbacks import register_entry_points
 from av_llava.training.collate import BatchInfo
+from av_llava.training.index import modality_name
 from av_llava.training.loss import weighted_loss, where_learned
 from av_llava.training.meters import LossWatch, Meters, check_supervised
 from av_llava.training.prepare import Hooks
@@ -386,16 +387,19 @@ def test_evaluation_loss_against_an_oracle(run_of, place) -> None:
         evaluation={"samples": 0},
     )
     trainer, prepared = trainer_of(settings)
-    found = trainer.evaluate()["eval_loss"]
+    found = trainer.evaluate()
     model = prepared.model.model.eval()
-    total, count = 0.0, 0
+    sums: dict[str, list[float]] = {}
     for row in range(len(prepared.held_out)):
         batch = prepared.held_out[row]
-        batch.pop("info")
+        (code,) = batch.pop("info").modalities
         out = model(**batch, use_cache=False)
         n = int((batch["labels"][:, 1:] != -100).sum())
-        total, count = total + out.loss.item() * n, count + n
-    assert found == pytest.approx(total / count, rel=1e-5)
+        for name in ("eval_loss", f"eval_loss/{modality_name(code)}"):
+            known = sums.setdefault(name, [0.0, 0])
+            sums[name] = [known[0] + out.loss.item() * n, known[1] + n]
+    assert len(sums) > 3
+    assert found == pytest.approx({k: total / n for k, (total, n) in sums.items()}, rel=1e-5)
 
 
 @pytest.mark.slow
