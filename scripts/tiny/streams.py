@@ -4,9 +4,9 @@ python scripts/tiny/streams.py FOLDER [--seeds 1,2,3] [--jobs N] [--out FILE.jso
 
 Contract: the vision tower of the checkpoint in FOLDER stays as it is, and its features of each clip
 are computed once and used by every run. Projector and language model start anew in each run, from a
-seed, and learn in the stages of the small model, shortly; several runs at a time, on one
-core each. Only what needs sight is asked; there is no sound. Reports the right answers by kind, as
-they come out, with intervals over the seeds' runs.
+seed, and learn in the stages of the small model, shortly; several runs at a time, on one core each.
+Only what needs sight is asked; there is no sound. Reports the right answers by kind, as they come
+out, with intervals over the seeds' runs.
 """
 
 from __future__ import annotations
