@@ -86,16 +86,21 @@ def beside(data: str) -> Path:
     return Path(f"{data.rstrip('/')}.index").expanduser()
 
 
+def _head(key: dict[str, str], n_rows: int) -> dict[str, Any]:
+    """What the first line of a file says."""
+    return {"schema": SCHEMA, "rows": n_rows, **key}
+
+
 def is_for(path: Path, key: dict[str, str], n_rows: int) -> bool:
-    """Whether a file holds lengths of these data and options, and no process is writing it."""
-    if not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
+    """Whether an existing file holds lengths of these data and options, and nobody writes it."""
+    if not os.access(path, os.R_OK | os.W_OK):
         return False
     with path.open("rb") as handle:
         if not try_lock(handle.fileno(), shared=True):
             return False
         first = handle.readline(_LONGEST_HEAD)
     try:
-        return bool(json.loads(first) == {"schema": SCHEMA, "rows": n_rows, **key})
+        return bool(json.loads(first) == _head(key, n_rows))
     except ValueError:
         return False
 
@@ -118,7 +123,7 @@ class IndexFile:
     ) -> None:
         self.path = path
         self._good: dict[int, Measured] = {}
-        self._head = {"schema": SCHEMA, "rows": n_rows, **key}
+        self._head = _head(key, n_rows)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

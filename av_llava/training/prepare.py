@@ -293,9 +293,10 @@ def measured(
     """
     file = Path(given).expanduser() if given else folder.path / LENGTHS / name
     with first_alone(args):
-        if not given:
+        kept = beside(data)
+        if not given and kept.is_file():  # mostly there is none, and no key is needed
             key = Measurer(store, model.processor, options).key()
-            file = beside(data) if is_for(beside(data), key, len(store)) else file
+            file = kept if is_for(kept, key, len(store)) else file
         return build_index(
             store,
             model.processor,
