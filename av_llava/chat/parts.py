@@ -42,6 +42,9 @@ SAMPLING_KEYS: dict[str, str] = {
 AUDIO_KEYS: tuple[str, ...] = ("audio", "use_audio", "use_audio_in_video", "audio_from_video")
 """Spellings of what a video part says about its sound: a mode, a sound file, true or false."""
 
+_MOST = 1e9
+"""More seconds or frames than any file has; products with much larger numbers overflow."""
+
 AUDIO_MODES: tuple[str, ...] = ("auto", "on", "off")
 """The sound of a video: used if there is some, insisted on, left out."""
 
@@ -82,6 +85,10 @@ class MediaPart:
         _check_number("fps of a medium", self.fps, 1e-6)
         _check_number("source_fps of a medium", self.source_fps, 1e-6)
         _check_number("number of frames of a medium", self.frames, 1)
+        if isinstance(self.frames, float):
+            raise UsageError(
+                f"The number of frames of a medium must be a whole number, not {self.frames!r}."
+            )
         if self.end_s is not None and self.end_s <= (self.start_s or 0.0):
             raise UsageError(f"A {self.kind} cannot end at {self.end_s} s, not after its start.")
         if self.audio is not None:
@@ -244,12 +251,22 @@ def _check_audio(kind: str, audio: Any) -> None:
 
 
 def _check_number(name: str, value: Any, low: float) -> None:
-    """Raise unless ``value`` is None or a finite number of at least ``low``."""
+    """Raise unless ``value`` is None or a number from ``low`` on that clocks of files can hold."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UsageError(f"The {name} must be a number, not {value!r}.")
-    check_range(name, value, low)
+    if not is_number(value):
+        raise UsageError(f"The {name} must be a number, not {value!r:.60}.")
+    check_range(f"The {name}", value, low, _MOST)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value can be counted with; JSON's whole numbers may be too large for that."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _from_data_url(kind: str, source: Any) -> Any:

@@ -139,6 +139,10 @@ def tokenizer_image_token(
     return torch.tensor(token_ids, dtype=torch.long)
 
 
+_HALF = re.compile("[\ud800-\udfff]")
+"""JSON can hold one half of a surrogate pair; UTF-8 cannot."""
+
+
 def _bos(tokenizer: Tokenizer) -> list[int]:
     """Return the first token that the tokenizer adds to a text of its own accord, if any."""
     alone = list(tokenizer("").input_ids)
@@ -147,6 +151,13 @@ def _bos(tokenizer: Tokenizer) -> list[int]:
 
 def _stretches(text: str, ids: Mapping[str, int]) -> Iterator[tuple[int, str, str | None]]:
     """Yield (first character, text, placeholder after it); the last has no placeholder."""
+    half = _HALF.search(text)
+    if half is not None:
+        near = text[max(0, half.start() - 20) : half.end() + 20]
+        raise UsageError(
+            f"The text holds half of a character, which no tokenizer can read, near {near!r}. "
+            f"Repair the text: a character beyond U+FFFF was cut in two."
+        )
     start = 0
     if ids:
         longest_first = sorted(ids, key=len, reverse=True)

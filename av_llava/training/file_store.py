@@ -115,6 +115,8 @@ class FileStore:
             raise DataError(f"not JSON: {_json_error(error)}") from error
         except RecursionError as error:
             raise DataError("not usable: it is nested too deeply.") from error
+        except ValueError as error:  # a whole number of thousands of digits
+            raise DataError(f"not usable: {error}.") from error
         if not isinstance(row, dict):
             raise DataError(f"a row is a JSON object, not a {type(row).__name__}.")
         return row

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from av_llava.chat.parts import is_number
 from av_llava.errors import DataError, unknown_name
 from av_llava.training.media_roots import MediaRoots
 from av_llava.training.store import (
@@ -169,7 +170,7 @@ def _open_entry(entry: Entry, folder: Path, seed: int, inside: Sequence[Path]) -
             raise DataError(f"The folder {place} ({name}) does not exist.")
     roots = MediaRoots(**{"root": file.parent, **named})
     if file.name == DATASET_INFO:
-        return open_info(file, roots, entry.name)
+        return open_info(file, roots, entry.name, seed=seed)
     return FileStore(file, ReadAs(entry.format, roots, entry.columns, entry.tags))
 
 
@@ -256,8 +257,7 @@ def _check_names(where: str, name: str, value: Any) -> None:
 
 def _check_numbers(where: str, entry: Entry) -> None:
     for name, value in (("repeat", entry.repeat), ("weight", entry.weight)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
+        if not is_number(value) or value <= 0:
             raise DataError(f"{where}: {name!r} must be a number above 0, not {value!r}.")
     seed = entry.seed
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):

@@ -9,13 +9,12 @@ placeholders: a medium stands as a part at its place. Nothing is opened here.
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from av_llava.chat import MediaPart, Message, Part, TextPart
-from av_llava.chat.parts import AUDIO_MODES, placeholder_pattern, read_part
+from av_llava.chat.parts import AUDIO_MODES, is_number, placeholder_pattern, read_part
 from av_llava.errors import DataError, UsageError, unknown_name
 
 SCHEMA = "av-llava-sample/1"
@@ -51,10 +50,10 @@ class Sample:
             )
         if not self.messages:
             raise DataError("The sample has no turns; it needs a question and an answer.")
-        weight = self.weight
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight < 0:
-            raise DataError(f"The weight of a sample must be a number from 0, not {weight!r}.")
+        if not is_number(self.weight) or self.weight < 0:
+            raise DataError(
+                f"The weight of a sample must be a number from 0, not {self.weight!r:.60}."
+            )
         answers = sum(m.role == "assistant" for m in self.messages)
         if self.train_turns is not None and len(self.train_turns) != answers:
             raise DataError(

@@ -6,6 +6,7 @@ used raises DataError with file and line when it is asked for.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -91,9 +92,9 @@ def open_store(
         return open_mixture(file, seed=seed)
     roots = MediaRoots(_root(file, media_root))
     if file.is_dir():
-        return _open_folder(file, ReadAs(format, roots, columns or {}))
+        return _open_folder(file, ReadAs(format, roots, columns or {}), seed)
     if file.name == DATASET_INFO:
-        return open_info(file, roots)
+        return open_info(file, roots, seed=seed)
     if file.suffix.lower() not in DATA_SUFFIXES:
         known = ", ".join((*DATA_SUFFIXES, *MIXTURE_SUFFIXES))
         raise UsageError(f"{file} is no kind of file that training data are read from: {known}.")
@@ -109,10 +110,10 @@ def _root(file: Path, media_root: str | Path | None) -> Path:
     return root
 
 
-def _open_folder(folder: Path, read_as: ReadAs) -> SampleStore:
+def _open_folder(folder: Path, read_as: ReadAs, seed: int) -> SampleStore:
     """All files of a folder, by name."""
     if (folder / DATASET_INFO).exists():
-        return open_info(folder / DATASET_INFO, read_as.roots)
+        return open_info(folder / DATASET_INFO, read_as.roots, seed=seed)
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in DATA_SUFFIXES)
     if not files:
         raise DataError(f"The folder {folder} holds no {' or '.join(DATA_SUFFIXES)} file.")
@@ -120,8 +121,17 @@ def _open_folder(folder: Path, read_as: ReadAs) -> SampleStore:
     return stores[0] if len(stores) == 1 else ChainedStore(stores)
 
 
-def open_info(file: Path, roots: MediaRoots, name: str | None = None) -> SampleStore:
-    """Open the data sets of a ``dataset_info.json``, or the one that is named."""
+def open_info(
+    file: Path, roots: MediaRoots, name: str | None = None, *, seed: int = 0
+) -> SampleStore:
+    """Open the data sets of a ``dataset_info.json``, or the one that is named.
+
+    Args:
+        file: that file.
+        roots: where media are.
+        name: of one data set.
+        seed: for those that say ``num_samples``.
+    """
     entries = read_dataset_info(file)
     names = [entry.name for entry in entries]
     if not entries:
@@ -133,10 +143,18 @@ def open_info(file: Path, roots: MediaRoots, name: str | None = None) -> SampleS
         if name in (None, entry.name):
             read_as = ReadAs(entry.format, roots, entry.columns, entry.tags)
             store: SampleStore = FileStore(entry.path, read_as)
-            if entry.first is not None:
-                store = ChosenStore(store, np.arange(min(entry.first, len(store))))
+            if entry.n_samples is not None:
+                store = ChosenStore(store, _drawn(len(store), entry.n_samples, entry.name, seed))
             stores.append(store)
     return stores[0] if len(stores) == 1 else ChainedStore(stores)
+
+
+def _drawn(n: int, wanted: int, name: str, seed: int) -> np.ndarray:
+    """As many of n rows as are wanted; only more than there are repeat some. int64 [wanted]"""
+    generator = np.random.default_rng(seed ^ zlib.crc32(name.encode()))
+    once = generator.permutation(n)[:wanted]
+    again = generator.choice(n, wanted - len(once)) if n else once
+    return np.sort(np.concatenate([once, again]))
 
 
 __all__ = [

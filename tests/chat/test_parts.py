@@ -99,6 +99,9 @@ def test_spelling(part, expected):
         ({"type": "video", "path": "v", "fps": 0}, "fps of a medium"),
         ({"type": "video", "path": "v", "source_fps": "x"}, "source_fps of a medium"),
         ({"type": "video", "path": "v", "frames": 0}, "number of frames"),
+        ({"type": "video", "path": "v", "frames": 1.5}, "whole number, not 1.5"),
+        ({"type": "video", "path": "v", "frames": 10**400}, "must be a number, not 10"),
+        ({"type": "video", "path": "v", "end": 10**30}, "between 0.0 and 1000000000.0, not 10"),
         ({"type": "video", "path": "v", "frames": 8, "nframes": 9}, "twice"),
     ],
 )

@@ -36,6 +36,17 @@ def tokenizer(request):
     return request.getfixturevalue(request.param)
 
 
+def test_half_a_character_is_refused(nobos_tokenizer):
+    """JSON may hold one half of a surrogate pair, which UTF-8 cannot."""
+    rendered = Rendered("Why\ud83d? Red.", (Span(6, 10),), ())
+    for text in (rendered.text, "<image>\nx\udfff"):
+        with pytest.raises(UsageError, match="half of a character.*near .*Repair the text"):
+            tokenize_with_media(text, nobos_tokenizer)
+    with pytest.raises(UsageError, match="half of a character"):
+        tokenize_supervised(rendered, nobos_tokenizer)
+    assert tokenize_with_media("\U0001f600", nobos_tokenizer)
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["prompt"][:20])
 def test_ids_agree_with_llava(row, bos_tokenizer, nobos_tokenizer):
     prompt = row["prompt"]

@@ -186,6 +186,7 @@ def test_one_of_a_dataset_info(folder):
         ("datasets:\n  - {path: a.json, sampling_strategy: first:1.5}", "line 2: sampling_strategy must"),
         ("datasets:\n  - {path: a.json, sampling_strategy: 3}", "line 2: sampling_strategy must be"),
         ("datasets:\n  - {path: a.json, sampling_strategy: first:0}", "line 2: 'first:0' leaves none of the 10"),
+        (f"datasets:\n  - {{path: a.json, weight: 1{'0' * 400}}}", "'weight' must be a number above 0"),
         ("datasets:\n  - {path: a.json, repeat: 0}", "line 2: 'repeat' must be a number above 0"),
         ("datasets:\n  - {path: a.json, repeat: .inf}", "line 2: 'repeat' must be"),
         ("datasets:\n  - {path: a.json, weight: x}", "line 2: 'weight' must be a number"),

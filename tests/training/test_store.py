@@ -139,6 +139,22 @@ def test_dataset_info(tmp_path):
         assert [s.modalities for s in store] == [{"image"}, {"video"}, {"video"}]
 
 
+def test_num_samples_draws_from_all_rows_and_repeats_where_there_are_fewer(tmp_path):
+    write(tmp_path / "a.json", [{"instruction": f"Q{i}", "output": "A"} for i in range(6)])
+
+    def drawn(wanted, seed=0):
+        info = {"a": {"file_name": "a.json", "num_samples": wanted}}
+        (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+        store = open_store(tmp_path, seed=seed)
+        return [sample.messages[0].text for sample in store]
+
+    few, many = [drawn(2, seed) for seed in range(30)], drawn(10)
+    assert all(len(set(rows)) == 2 for rows in few)
+    assert {row for rows in few for row in rows} == {f"Q{i}" for i in range(6)}
+    assert len(many) == 10 and set(many) == {f"Q{i}" for i in range(6)}
+    assert drawn(2, 5) == drawn(2, 5) and len(set(map(tuple, few))) > 5
+
+
 @pytest.mark.parametrize(
     ("entry", "says"),
     [

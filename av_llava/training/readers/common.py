@@ -226,10 +226,10 @@ class Draft:
         for turn in self.turns:
             content = turn["content"]
             for part in [content] if isinstance(content, str) else content:
-                text = part if isinstance(part, str) else part.get("text")
+                text = part.get("text") if isinstance(part, Mapping) else part
                 if isinstance(text, str):
                     kinds |= {placeholder_kind(p) for p in placeholder_pattern().findall(text)}
-                elif not isinstance(part, str):
+                elif isinstance(part, Mapping):  # what is neither is refused by `finish`
                     kinds.add(str(part.get("type")))
         return kinds
 

@@ -113,8 +113,8 @@ class InfoEntry:
     format: str
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
-    first: int | None = None
-    """Rows that are read; None reads all."""
+    n_samples: int | None = None
+    """Rows that are drawn, some again where there are fewer; None takes each once."""
 
 
 def read_dataset_info(file: Path) -> list[InfoEntry]:
@@ -149,9 +149,9 @@ def _entry(file: Path, name: str, entry: Mapping[str, Any]) -> InfoEntry:
             f"{where}: {unknown_name('formatting', formatting, ('alpaca', 'sharegpt'))}"
         )
     columns, tags = (_names(where, key, entry.get(key, {})) for key in ("columns", "tags"))
-    first = entry.get("num_samples")
-    if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 1):
-        raise DataError(f"{where}: 'num_samples' must be a whole number from 1, not {first!r}.")
+    n = entry.get("num_samples")
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise DataError(f"{where}: 'num_samples' must be a whole number from 1, not {n!r}.")
     for tag in tags:
         if tag not in _TAGS:
             raise DataError(f"{where}: {unknown_name('tag', tag, _TAGS)}")
@@ -161,7 +161,7 @@ def _entry(file: Path, name: str, entry: Mapping[str, Any]) -> InfoEntry:
         formatting,
         columns,
         tags,
-        first,
+        n,
     )
 
 
