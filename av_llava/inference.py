@@ -187,21 +187,23 @@ class AVLlava:
         """The tensors of a batch where the model is."""
         return send_to_device(prepared.tensors, self.device, non_blocking=True)
 
-    @torch.no_grad()
     def _answer(self, talks: Sequence[Sequence[Message]], options: Options) -> list[Answer]:
         started = time.perf_counter()
         prepared, room = self.prepare(talks, options)
-        loaded = time.perf_counter()
+        return self.answer_prepared(prepared, room, options, time.perf_counter() - started)
+
+    @torch.no_grad()
+    def answer_prepared(
+        self, prepared: Prepared, room: int, options: Options, media_s: float = 0.0
+    ) -> list[Answer]:
+        """Answer a batch that is on the host already, with at most ``room`` new tokens."""
+        started = time.perf_counter()
         embeds = self.model.prepare_inputs(prepared.media, **self.on_device(prepared))
         mask = prepared.media.splice.attention_mask().to(embeds.device)
         encoded = time.perf_counter()
         ids = self.generate(options, room, inputs_embeds=embeds, attention_mask=mask)
-        done = time.perf_counter()
-        timing = {
-            "media": loaded - started,
-            "encode": encoded - loaded,
-            "generate": done - encoded,
-        }
+        generated = time.perf_counter() - encoded
+        timing = {"media": media_s, "encode": encoded - started, "generate": generated}
         return [
             self.answer(row, room, prepared.usage(i), prepared.used[i], timing, options)
             for i, row in enumerate(ids)

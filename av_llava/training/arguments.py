@@ -99,6 +99,11 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
             "it with torchrun --nproc_per_node N -m av_llava.cli train ..., or leave it out "
             "(training.fsdp=null)."
         )
+    if args.fsdp and (args.fsdp_config or {}).get("version") in (1, "1"):
+        raise UsageError(
+            "training.fsdp_config.version = 1 flattens parameters, so that parts cannot have "
+            "settings of their own: leave it out, which takes FSDP2."
+        )
     return args
 
 

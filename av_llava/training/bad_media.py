@@ -35,6 +35,7 @@ POLICIES = ("replace", "error")
 _NEIGHBOURS = 256
 # Fewer than this, and longer ones are taken, too.
 _FEWEST = 16
+_LINE_BEGINS = b'{"file": '
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ class Quarantine:
             self._catch_up(file)
             new = {m.file: m for m in reversed(media) if m.file not in self._known}
             lines = [json.dumps(asdict(m), ensure_ascii=False) + "\n" for m in new.values()]
-            file.seek(0, os.SEEK_END)
+            if file.seek(0, os.SEEK_END) and not _ends_a_line(file):  # written by hand
+                lines.insert(0, "\n")
             file.write("".join(lines).encode())
             file.flush()
             self._known.update(new)
@@ -164,10 +166,23 @@ class Quarantine:
             try:
                 self._known.add(json.loads(line)["file"])
             except (ValueError, KeyError, TypeError) as error:
+                if _is_torn(line):  # the process that wrote it ended, or its disk was full
+                    file.truncate(file.tell() - len(line))
+                    break
                 raise DataError(
                     f"{self.path} is not a list of bad media (JSON lines with 'file'): "
                     f"{line[:80]!r}. Move it away, or name another file."
                 ) from error
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether it is the beginning of a line of ours."""
+    return not line.endswith(b"\n") and line[: len(_LINE_BEGINS)] == _LINE_BEGINS[: len(line)]
+
+
+def _ends_a_line(file: IO[bytes]) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 class BadMediaWatch:

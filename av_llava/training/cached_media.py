@@ -178,6 +178,8 @@ class CachedMedia:
     def _own_sound_key(
         self, builder: BatchBuilder, part: MediaPart, options: MediaOptions, span_s: Span
     ) -> Key | None:
+        if options.audio == "off":  # an entry may be there of a sample that heard it
+            return None
         source = part.source if options.audio in AUDIO_MODES else options.audio
         return self._sound_key(builder, source, span_s, options)
 

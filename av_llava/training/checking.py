@@ -1,11 +1,13 @@
 """``--check``: everything that a run does, once, with nothing left behind.
 
 Contract: samples are measured, parts settled, memory estimated, and one step is taken on the batch
-with the most tokens, which is the one that would run out of memory. The output folder is not made.
+with the most tokens, which is the one that would run out of memory. Where the run evaluates, a few
+held-out samples are measured and one is asked about. The output folder is not made.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,27 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from av_llava.checkpoints.staging import size
 from av_llava.training.arguments import training_arguments
 from av_llava.training.batching import PlannedBatch, TokenBudgetBatchSampler
 from av_llava.training.estimate import estimate, learned_share, peak_bytes
+from av_llava.training.evaluation import Evaluation
 from av_llava.training.prepare import Hooks, Prepared, prepare
 from av_llava.training.run import make_trainer, memory_named, needed
 from av_llava.training.run_folder import RunFolder
 from av_llava.training.settings import TrainSettings
+from av_llava.training.trainer import AVTrainer
 
 _ONE_STEP = {
     "max_steps": 1,
     "gradient_accumulation_steps": 1,
     "save_strategy": "no",
-    "eval_strategy": "no",
-    "eval_on_start": False,
     "load_best_model_at_end": False,
     "push_to_hub": False,
     "logging_steps": 1,
     "report_to": [],
 }
+# What the trainer is not told: its one step is not followed by a whole evaluation.
+_NO_EVALUATION = {"eval_strategy": "no", "eval_on_start": False}
 
 
 class LargestBatch(TokenBudgetBatchSampler):
@@ -54,16 +59,22 @@ def check_run(settings: TrainSettings, hooks: Hooks) -> dict[str, Any]:
     """Try a run out.
 
     Returns:
-        The figures: samples, tokens, steps, estimated and measured memory, seconds of the step.
+        The figures: samples, tokens, steps, estimated and measured memory, seconds of the step,
+        and what an evaluation of a few samples gave, where the run evaluates.
 
     Raises:
         AVLlavaError: what would end the run.
     """
     needed(settings)
-    once = settings.replace(training={**settings.training, **_ONE_STEP})
+    listed_here = settings.data.bad_media.replace(quarantine=None)
+    once = settings.replace(
+        data=settings.data.replace(bad_media=listed_here),
+        training={**settings.training, **_ONE_STEP},
+    )
     with tempfile.TemporaryDirectory(prefix="av_llava_check_") as name:
         output = Path(name)
-        args = training_arguments(once, output)
+        quiet = once.replace(training={**once.training, **_NO_EVALUATION})
+        args = training_arguments(quiet, output)
         with memory_named(settings):
             prepared = prepare(once, args, RunFolder(output), hooks)
         figures = _figures(settings, prepared)
@@ -76,12 +87,35 @@ def check_run(settings: TrainSettings, hooks: Hooks) -> dict[str, Any]:
             trainer.train()
         figures["step_seconds"] = round(time.perf_counter() - started, 2)
         figures["measured_bytes"] = peak_bytes(args.device)
-    where = "of this process, libraries included" if args.device.type == "cpu" else "of the device"
+        _tell_step(figures, args.device, hooks)
+        if isinstance(trainer.evaluate_with, Evaluation):
+            with memory_named(settings, figures["longest"]):
+                _evaluate_few(trainer, trainer.evaluate_with, figures, hooks)
+    return figures
+
+
+def _tell_step(figures: dict[str, Any], device: torch.device, hooks: Hooks) -> None:
+    where = "of this process, libraries included" if device.type == "cpu" else "of the device"
     hooks.say(
         f"One step on the largest batch took {figures['step_seconds']:.2f} s, reading of media "
         f"included, and {size(figures['measured_bytes'])} {where}."
     )
-    return figures
+
+
+def _evaluate_few(
+    trainer: AVTrainer, evaluation: Evaluation, figures: dict[str, Any], hooks: Hooks
+) -> None:
+    """Try the evaluation out, so that one that cannot work does not end a run in its middle."""
+    few = evaluation.on_few()
+    trainer.evaluate_with = few
+    started = time.perf_counter()
+    found = trainer.evaluate()
+    seconds = figures["evaluation_seconds"] = round(time.perf_counter() - started, 2)
+    figures["evaluation"] = {k: v for k, v in found.items() if math.isfinite(v)}
+    hooks.say(
+        f"Evaluation of {len(few.rows)} of the {len(evaluation.rows)} held-out samples took "
+        f"{seconds:.2f} s; a whole one also asks about {len(evaluation.asked)} samples."
+    )
 
 
 def _figures(settings: TrainSettings, prepared: Prepared) -> dict[str, Any]:

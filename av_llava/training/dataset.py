@@ -10,8 +10,8 @@ batch to batch, and everything pickles, so that workers may be spawned.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,17 +38,20 @@ from av_llava.training.collate import (
     resident_bytes,
 )
 from av_llava.training.fitting import with_fewer_frames
-from av_llava.training.index import LengthIndex
+from av_llava.training.index import MODALITY_BITS, LengthIndex
 from av_llava.training.modality_dropout import ModalityDropout, in_form, modality_in_form
-from av_llava.training.packing import packed
+from av_llava.training.packing import check_weights, packed
 from av_llava.training.samples import Sample
 from av_llava.training.store import SampleStore
+from av_llava.training.unreadable import UnreadableError, sample_named
 
 TOO_LONG = ("error", "trim")
+_TRIMMED_FIRST = 1000
+"""Samples that are tried before the first step: each costs the reading of its headers."""
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class Chosen:
     """A sample with its media opened."""
 
     index: int
@@ -64,18 +67,6 @@ class _Epoch:
     lengths: np.ndarray
     """int64 [n], tokens of each sample or of what takes its place."""
     replacements: Replacements
-
-
-class _UnreadableError(MediaError):
-    """One medium of a sample cannot be read."""
-
-    def __init__(self, file: str, reason: str, sample: str, source: str) -> None:
-        super().__init__(reason)
-        self.file, self.reason, self.sample, self.source = file, reason, sample, source
-
-    def medium(self, index: int, epoch: int) -> BadMedium:
-        """The same as a record."""
-        return BadMedium(self.file, self.reason, self.sample, self.source, index, epoch)
 
 
 class TrainingDataset(Dataset[dict[str, Any]]):
@@ -97,8 +88,12 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         packing: put the samples of a batch into one row (:mod:`av_llava.training.packing`).
 
     Raises:
-        DataError: index and store differ, samples are too long, or too many are unreadable.
+        DataError: index and store differ, samples are too long, too many are unreadable, or one
+            that is to be packed has a weight.
     """
+
+    replaces = True
+    """Whether other samples take the place of those that cannot be read."""
 
     def __init__(
         self,
@@ -131,6 +126,8 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         self._unreadable: dict[int, tuple[str, str]] = {}
         self._epoch: _Epoch | None = None
         self._check_index()
+        if packing:
+            check_weights(store, index)
 
     def __len__(self) -> int:
         return len(self.store)
@@ -148,14 +145,13 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         limit = int(self._in(epoch).lengths[list(indices)].max())
         chosen = [self._choose(builder, int(i), epoch, limit, bad) for i in indices]
         for one in chosen:
-            with _named(one.sample):
+            with sample_named(one.sample):
                 builder.add(one.messages, False, True, one.sample.train_turns)
         prepared = builder.finish("right", True)
         self._check_lengths(prepared, chosen)
         info = self._info(prepared, chosen, epoch, tuple(bad), time.perf_counter() - started)
         pad = pad_token_id(self.processor.tokenizer)
         if self.packing:
-            _check_weights(chosen)
             prepared = replace(prepared, media=packed(prepared.media))
             info = replace(info, padded=sum(info.lengths))
         batch = collate(prepared, self.processor.config, pad, info)
@@ -187,7 +183,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
             lengths = np.minimum(lengths, self.max_length)
         lengths[list(self.index.errors)] = 0
         replacements = Replacements(modality, lengths.copy(), self.seed, epoch)
-        for i in self.index.errors:
+        for i in self.index.errors if self.replaces else ():
             other = replacements.choose(i)
             if other is None:
                 raise self._nothing_left(i)
@@ -198,7 +194,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
 
     def _choose(
         self, builder: BatchBuilder, index: int, epoch: int, limit: int, bad: list[BadMedium]
-    ) -> _Chosen:
+    ) -> Chosen:
         """Open a sample, or another one in its place; note what could not be read."""
         failed: list[BadMedium] = []
         replacements = self._in(epoch).replacements
@@ -208,13 +204,13 @@ class TrainingDataset(Dataset[dict[str, Any]]):
                 break
             try:
                 sample, messages = self._opened(builder, number, epoch)
-            except _UnreadableError as error:
+            except UnreadableError as error:
                 failed.append(error.medium(number, epoch))
                 if self.bad_media.policy == "error":
                     break
                 continue
             bad += [replace(b, replacement=sample.id) for b in failed]
-            return _Chosen(number, sample, messages)
+            return Chosen(number, sample, messages)
         if self.bad_media.policy == "error":
             raise DataError(
                 f"{failed[0].source}: sample {failed[0].sample!r} cannot be read: "
@@ -229,27 +225,37 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         """A sample, and its messages with their media opened.
 
         Raises:
-            _UnreadableError: a medium cannot be read, now or earlier.
+            UnreadableError: a medium cannot be read, now or earlier.
         """
-        if number in self.index.errors:  # its row may not even be a sample
-            where = self.store.where(number)
-            raise _UnreadableError(where, self.index.errors[number], where, where)
+        if number in self.index.errors:
+            raise self._known_bad(number)
         sample = self.store[number]
         if number in self._unreadable:
-            raise _UnreadableError(*self._unreadable[number], sample.id, sample.source)
+            raise UnreadableError(*self._unreadable[number], sample.id, sample.source)
         length = int(self.index.lengths[number])
         if self.dropout is not None:
             form = int(self.dropout.forms(self.seed, epoch, number)[0])
-            sample, length = in_form(sample, form), int(self.dropout.lengths[form, number])
-        with _named(sample):
+            sample = in_form(sample, form, self.options)
+            length = int(self.dropout.lengths[form, number])
+        with sample_named(sample):
             try:
                 messages = self._fitted(sample, length)
                 n_images = sum(p.kind == "image" for m in messages for p in m.media)
                 opened = tuple(self._opened_turn(builder, sample, m, n_images) for m in messages)
-            except _UnreadableError as error:
+            except UnreadableError as error:
                 self._unreadable[number] = error.file, error.reason
                 raise
         return sample, opened
+
+    def _known_bad(self, number: int) -> UnreadableError:
+        """What the index says of a sample that could not be measured."""
+        reason, where = self.index.errors[number], self.store.where(number)
+        try:
+            sample = self.store[number]
+        except AVLlavaError:  # its row is no sample
+            return UnreadableError(where, reason, where, where)
+        files = [path for path in sample.paths if path in reason] or sample.paths
+        return UnreadableError(", ".join(files) or where, reason, sample.id, sample.source)
 
     def _opened_turn(
         self, builder: BatchBuilder, sample: Sample, message: Message, n_images: int
@@ -262,7 +268,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
                     part = replace(part, source=opener(part, n_images))
                 except MediaError as error:
                     file = describe_source(part.source)
-                    raise _UnreadableError(file, str(error), sample.id, sample.source) from error
+                    raise UnreadableError(file, str(error), sample.id, sample.source) from error
             parts.append(part)
         return replace(message, parts=tuple(parts))
 
@@ -275,7 +281,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
                 self.processor, self.planner, self.options, sample.messages, self.max_length
             )
         except MediaError as error:
-            raise _UnreadableError(
+            raise UnreadableError(
                 ", ".join(sample.paths), str(error), sample.id, sample.source
             ) from error
 
@@ -298,10 +304,12 @@ class TrainingDataset(Dataset[dict[str, Any]]):
                     f"{share:.1%}). The first one: {self.index.errors[first]} See all with: "
                     f"av-llava data validate."
                 )
-        if self.max_length is None or self.too_long == "trim":
+        if self.max_length is None:
             return
         over = np.flatnonzero(lengths > self.max_length)
-        if len(over):
+        if self.too_long == "trim":
+            self._check_trimming(over)
+        elif len(over):
             longest = int(lengths.argmax())
             raise DataError(
                 f"{len(over)} of {n} samples are longer than max_length = {self.max_length:,}: "
@@ -310,7 +318,15 @@ class TrainingDataset(Dataset[dict[str, Any]]):
                 f"(too_long: trim)."
             )
 
-    def _check_lengths(self, prepared: Prepared, chosen: Sequence[_Chosen]) -> None:
+    def _check_trimming(self, over: np.ndarray) -> None:
+        """Refuse samples that fewer frames do not make short enough; of many, some are tried."""
+        has_frames = self.index.modality[over] & MODALITY_BITS["video"]
+        for row in (*over[has_frames == 0][:1].tolist(), *over[:_TRIMMED_FIRST].tolist()):
+            sample = self.store[row]
+            with suppress(UnreadableError), sample_named(sample):
+                self._fitted(sample, int(self.index.lengths[row]))
+
+    def _check_lengths(self, prepared: Prepared, chosen: Sequence[Chosen]) -> None:
         """Refuse a sample that came out longer than its header promised, and than allowed."""
         if self.max_length is None:
             return
@@ -333,7 +349,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
     def _info(
         self,
         prepared: Prepared,
-        chosen: Sequence[_Chosen],
+        chosen: Sequence[Chosen],
         epoch: int,
         bad: tuple[BadMedium, ...],
         seconds: float,
@@ -362,32 +378,10 @@ class TrainingDataset(Dataset[dict[str, Any]]):
             rss_bytes=resident_bytes(),
         )
 
-    def _modalities(self, chosen: Sequence[_Chosen], epoch: int) -> tuple[int, ...]:
+    def _modalities(self, chosen: Sequence[Chosen], epoch: int) -> tuple[int, ...]:
         """Codes of what is left of each sample in an epoch."""
         rows = np.array([c.index for c in chosen])
         codes = self.index.modality[rows]
         if self.dropout is not None:
             codes = modality_in_form(codes, self.dropout.forms(self.seed, epoch, rows))
         return tuple(codes.tolist())
-
-
-def _check_weights(chosen: Sequence[_Chosen]) -> None:
-    """Refuse weights of samples in a row: the loss is weighted by rows."""
-    for one in chosen:
-        if one.sample.weight != 1.0:
-            raise DataError(
-                f"{one.sample.source}: sample {one.sample.id!r} has a weight of "
-                f"{one.sample.weight:g}, which packed rows cannot take into account. Leave packing "
-                f"out (batch.packing=false), or the weight."
-            )
-
-
-@contextmanager
-def _named(sample: Sample) -> Iterator[None]:
-    """Name the sample in errors that are not about reading a medium."""
-    try:
-        yield
-    except _UnreadableError:
-        raise
-    except AVLlavaError as error:
-        raise DataError(f"{sample.source}: sample {sample.id!r}: {error}") from error

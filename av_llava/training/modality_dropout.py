@@ -2,8 +2,9 @@
 
 Contract: a choice is a hash of (seed, epoch, sample), so every process knows it; the form that
 remains is an ordinary sample, and lengths are planned for that form. A sample whose video has no
-sound that would be used is never changed. This is also how unimodal data are replayed: the same
-clips, one modality at a time.
+sound that would be used is never changed, and one with a muted video keeps its frames: without them
+nothing would be left of that video, whose sound is not to be heard. This is also how unimodal data
+are replayed: the same clips, one modality at a time.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ class FormStore:
     Args:
         store: the samples.
         form: one of the three.
+        options: how media are read.
     """
 
-    def __init__(self, store: SampleStore, form: int) -> None:
-        self.store, self.form = store, form
+    def __init__(self, store: SampleStore, form: int, options: MediaOptions) -> None:
+        self.store, self.form, self.options = store, form, options
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -48,12 +50,12 @@ class FormStore:
         return len(self.store)
 
     def __getitem__(self, index: int) -> Sample:
-        return in_form(self.store[index], self.form)
+        return in_form(self.store[index], self.form, self.options)
 
     def reading(self, index: int) -> Reading:
         """One sample and the notes about its row."""
         reading = self.store.reading(index)
-        return replace(reading, sample=in_form(reading.sample, self.form))
+        return replace(reading, sample=in_form(reading.sample, self.form, self.options))
 
     def where(self, index: int) -> str:
         """File and line of a sample."""
@@ -61,7 +63,8 @@ class FormStore:
 
     def digest(self) -> str:
         """SHA-256 of the store's digest and of the form."""
-        return hashlib.sha256(f"{self.store.digest()} form {self.form}".encode()).hexdigest()
+        # The number at the end changes with what a form is, so that no older index is used.
+        return hashlib.sha256(f"{self.store.digest()} form {self.form} 2".encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +120,14 @@ def plan_dropout(
     for form, name in ((NO_SOUND, "no_sound"), (NO_FRAMES, "no_frames")):
         if not shares[form] or not len(rows):
             continue
-        chosen = FormStore(ChosenStore(store, rows), form)
+        chosen = FormStore(ChosenStore(store, rows), form, options)
         file = None if folder is None else Path(folder) / f"{name}.index"
         found = build_index(
             chosen, processor, options, file=file, workers=workers, progress=progress
         )
-        lengths[form, rows] = found.lengths
+        # A sample that still shows videos was left as it is.
+        exists = (form == NO_SOUND) | (found.modality & MODALITY_BITS["video"] == 0)
+        lengths[form, rows] = np.where(exists, found.lengths, 0)
     return ModalityDropout(settings, lengths)
 
 
@@ -132,9 +137,21 @@ def modality_in_form(modality: np.ndarray, forms: np.ndarray) -> np.ndarray:
     return modality & ~gone[forms]
 
 
-def in_form(sample: Sample, form: int) -> Sample:
-    """The sample without the sound, or without the frames, of its videos."""
+def in_form(sample: Sample, form: int, options: MediaOptions) -> Sample:
+    """The sample without the sound, or without the frames, of its videos.
+
+    Args:
+        sample: the whole one.
+        form: one of the three.
+        options: how media are read, which may turn off the sound of every video.
+
+    Returns:
+        The same sample where it has no such form.
+    """
     if form == WHOLE:
+        return sample
+    modes = [options.for_part(p).audio for p in sample.media if p.kind == "video"]
+    if form == NO_FRAMES and "off" in modes:
         return sample
     change = _muted if form == NO_SOUND else _heard
     messages = tuple(

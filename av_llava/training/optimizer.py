@@ -1,7 +1,9 @@
 """The optimiser's groups: each part with its own learning rate and weight decay.
 
 Contract: every parameter that requires gradients is in exactly one group. Biases, norms, learned
-vectors and token rows never decay. Which optimiser it is, is up to ``TrainingArguments.optim``.
+vectors and token rows never decay. Which optimiser it is, is up to ``TrainingArguments.optim``. The
+largest rate of a part is the optimiser's own: a schedule's last rate is that part's, and the others
+fall by the same share.
 """
 
 from __future__ import annotations
@@ -45,4 +47,7 @@ def build_optimizer(
     """Make the optimiser of the training arguments over the parts' groups."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     options = {k: v for k, v in options.items() if k not in ("params", "model", "optimizer_dict")}
-    return kind(parameter_groups(model, table), **options)
+    groups = parameter_groups(model, table)
+    # Schedules that end at a rate of their own (min_lr, lr_end) reckon from the optimiser's.
+    options["lr"] = max(group["lr"] for group in groups)
+    return kind(groups, **options)

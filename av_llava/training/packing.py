@@ -13,13 +13,16 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from av_llava.errors import UsageError
+from av_llava.errors import DataError, UsageError
 from av_llava.planning import MediaPlan
 from av_llava.settings import IGNORE_INDEX
 from av_llava.splice import TEXT
+from av_llava.training.index import LengthIndex
+from av_llava.training.store import SampleStore
 
 _LENGTHS = (7, 5)
 
@@ -67,7 +70,9 @@ def check_packing(model: Any) -> None:
     body = model.get_decoder()
     table = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, table.num_embeddings, (1, sum(_LENGTHS)), generator=generator)
+    # Any ids will do that have a row; the table may be inside a module for rows that train alone.
+    n_rows = model.config.text_config.vocab_size
+    ids = torch.randint(0, n_rows, (1, sum(_LENGTHS)), generator=generator)
     embeds = table(ids.to(next(table.parameters()).device))
     parts = embeds.split(_LENGTHS, dim=1)
     was_training = body.training
@@ -88,6 +93,28 @@ def check_packing(model: Any) -> None:
             f"before it, since its attention does not follow positions that restart. Leave "
             f"packing out (batch.packing=false); batches of one length waste less than 2 % anyway."
         )
+
+
+def check_weights(store: SampleStore, index: LengthIndex) -> None:
+    """Refuse weights of samples: the loss is weighted by rows, of which they have none alone.
+
+    All rows are read for it: otherwise a run would end at the first batch that holds such a one.
+
+    Args:
+        store: the samples.
+        index: what is known of them; rows that cannot be used have no weight.
+
+    Raises:
+        DataError: a sample has a weight other than 1.
+    """
+    for row in np.flatnonzero(index.usable).tolist():
+        sample = store[row]
+        if sample.weight != 1.0:
+            raise DataError(
+                f"{store.where(row)}: sample {sample.id!r} has a weight of {sample.weight:g}, "
+                f"which packed rows cannot take into account. Leave packing out "
+                f"(batch.packing=false), or the weight."
+            )
 
 
 def _states(body: Any, embeds: Tensor, **inputs: Any) -> Tensor:

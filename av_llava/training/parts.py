@@ -138,7 +138,7 @@ def apply_trainable(
         _train(name, parameter)
     for name in PARTS:
         if not getattr(trainable, name).is_trained and modules.get(name) is not None:
-            _keep_still(modules[name])
+            _keep_still(modules[name], recomputes=name not in ENCODERS)
     table = _table(inner, trainable, learning_rate, weight_decay)
     _check(inner, table, trainable)
     return table
@@ -295,20 +295,27 @@ def lora_targets(model: AVLlavaForConditionalGeneration, lora: LoraSettings) -> 
 # ---------------------------------------------------------------- modes
 
 
-def _keep_still(module: nn.Module) -> None:
-    """Keep a frozen module in evaluation mode, whatever its parents are put into."""
-    module.train = functools.partial(_still, module)  # type: ignore[method-assign]
+def _keep_still(module: nn.Module, recomputes: bool) -> None:
+    """Keep a frozen module in evaluation mode, whatever its parents are put into.
+
+    Args:
+        module: the frozen one.
+        recomputes: whether gradients go through it, so that its layers may be checkpointed. Towers
+            stand before all that trains.
+    """
+    module.train = functools.partial(_still, module, recomputes)  # type: ignore[method-assign]
     module.train(False)
 
 
-def _still(module: nn.Module, mode: bool = True) -> nn.Module:
+def _still(module: nn.Module, recomputes: bool, mode: bool = True) -> nn.Module:
     """Take the place of ``module.train``.
 
     Layers that compute their activations twice only do so in training mode; what they hold stays
-    in evaluation mode, so that nothing random happens.
+    in evaluation mode, so that nothing random happens. Dropout that a layer applies itself would
+    (Whisper's), which is why towers have no such layers.
     """
     nn.Module.train(module, False)
-    if mode:
+    if mode and recomputes:
         for layer in module.modules():
             if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
                 layer.training = True

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from av_llava.errors import DataError, UsageError
+from av_llava.errors import UsageError
 from av_llava.inference import AVLlava, add_audio, load
 from av_llava.media_inputs import MediaOptions
 from av_llava.processor import AVLlavaProcessor
 from av_llava.training.batching import TokenBudgetBatchSampler
 from av_llava.training.cached_media import CachedMedia
 from av_llava.training.callbacks import Say
+from av_llava.training.data_checks import check_modalities, check_rows
 from av_llava.training.dataset import TrainingDataset
 from av_llava.training.feature_cache import GIB, FeatureStore, TowerKeys
-from av_llava.training.index import MODALITY_BITS, LengthIndex, Measurer, build_index
+from av_llava.training.held_out import HeldOut
+from av_llava.training.index import LengthIndex, Measurer, build_index
 from av_llava.training.index_file import beside, is_for
 from av_llava.training.modality_dropout import ModalityDropout, plan_dropout
 from av_llava.training.packing import check_packing
@@ -69,7 +71,7 @@ class Prepared:
     sampler: TokenBudgetBatchSampler
     start: str
     """Digest of the model before anything trained."""
-    held_out: TrainingDataset | None = None
+    held_out: HeldOut | None = None
 
 
 def prepare(
@@ -94,7 +96,7 @@ def prepare(
     measure = functools.partial(measured, settings, args, model, options, folder, hooks)
     index = measure(store, data.train or "", data.index, "train.index")
     table = settle(settings, model)
-    check_rows(store, index)
+    check_rows(Measurer(store, model.processor, options), index)
     check_modalities(table, index)
     with first_alone(args):
         dropout = plan_dropout(
@@ -122,7 +124,11 @@ def prepare(
     sampler = _sampler(dataset, settings, args)
     other = None
     if held_out is not None:
-        other = make(held_out, measure(held_out, data.eval or "", None, "eval.index"))
+        found = measure(held_out, data.eval or "", None, "eval.index")
+        check_rows(Measurer(held_out, model.processor, options), found)
+        made = make(held_out, found, kind=HeldOut)
+        assert isinstance(made, HeldOut)
+        other = made
     return Prepared(settings, args, model, table, store, index, dataset, sampler, start, other)
 
 
@@ -172,15 +178,19 @@ def _dataset(
     dropout: ModalityDropout | None = None,
     cache: CachedMedia | None = None,
     packing: bool = False,
+    kind: type[TrainingDataset] = TrainingDataset,
 ) -> TrainingDataset:
-    return TrainingDataset(
+    longest = settings.data.max_length
+    if longest is None and settings.data.too_long == "trim":
+        longest = settings.batch.max_tokens
+    return kind(
         store,
         processor,
         options,
         index,
         settings.data.bad_media,
         settings.seed,
-        max_length=settings.data.max_length,
+        max_length=longest,
         too_long=settings.data.too_long,
         dropout=dropout,
         cache=cache,
@@ -218,6 +228,11 @@ def load_model(settings: TrainSettings, args: TrainingArguments) -> AVLlava:
     sharded = bool(args.fsdp) or args.deepspeed is not None
     mode = settings.trainable.language_model.train
     dtype = chosen.dtype
+    if dtype == "bfloat16" and not (args.bf16 or args.fp16 or sharded):
+        raise UsageError(
+            "model.dtype=bfloat16 holds what is frozen in 16 bits and what trains in 32, which "
+            "needs mixed precision: add training.bf16=true, or leave model.dtype out."
+        )
     if dtype == "auto":
         small = args.bf16 and not sharded and mode in ("freeze", "lora")
         dtype = "bfloat16" if small else "float32"
@@ -310,52 +325,6 @@ def measured(
 def _measuring_workers(settings: TrainSettings, store: SampleStore) -> int:
     """Processes that measure samples: starting them takes longer than reading few headers."""
     return settings.batch.workers if len(store) >= MANY else 0
-
-
-def check_rows(store: SampleStore, index: LengthIndex) -> None:
-    """Refuse rows that are wrong themselves; media that cannot be read are another matter.
-
-    Raises:
-        DataError: a row cannot be read, or nothing of it is learned.
-    """
-    for row in sorted(index.errors):
-        sample = store[row]  # raises for a row that is malformed
-        flags = iter(sample.train_turns or ())
-        answers = [m for m in sample.messages if m.role == "assistant"]
-        if not any(next(flags, True) and m.parts for m in answers):
-            raise DataError(
-                f"{store.where(row)}: nothing of the sample {sample.id!r} is learned: it has no "
-                f"answer of the assistant that is. Give it one, or leave it out."
-            )
-
-
-def check_modalities(table: PartsTable, index: LengthIndex) -> None:
-    """Refuse to train an encoder or projector on data that never uses it.
-
-    Raises:
-        DataError: nothing in the data would train a part.
-    """
-    seen = int(_or(index.modality[index.usable]))
-    wanted = {
-        "vision_tower": MODALITY_BITS["image"] | MODALITY_BITS["video"],
-        "mm_projector": MODALITY_BITS["image"] | MODALITY_BITS["video"],
-        "audio_tower": MODALITY_BITS["audio"],
-        "mm_audio_projector": MODALITY_BITS["audio"],
-    }
-    for name, bits in wanted.items():
-        if table.of(name).n_trained and not seen & bits:
-            what = "sound" if bits == MODALITY_BITS["audio"] else "pictures or videos"
-            raise DataError(
-                f"trainable.{name} trains, but none of the {len(index)} samples has {what} that "
-                f"is used. Freeze it (trainable.{name}=freeze), or add such samples."
-            )
-
-
-def _or(codes: Any) -> int:
-    found = 0
-    for code in set(codes.tolist()):
-        found |= code
-    return found
 
 
 @contextmanager

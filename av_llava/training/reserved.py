@@ -32,8 +32,30 @@ FIXED: dict[str, Any] = {
     "disable_tqdm": True,  # callbacks.py shows progress
     "average_tokens_across_devices": True,
     "restore_callback_states_from_checkpoint": False,
+    "ignore_data_skip": False,  # a resumed run goes on where it was
 }
 """Fields of TrainingArguments that have one value here, which a recipe may not set either."""
+
+UNSUPPORTED: dict[str, str] = {
+    "label_smoothing_factor": "the loss is that of the language model",
+    "neftune_noise_alpha": "no noise is added to embeddings",
+    "auto_find_batch_size": "a batch has at most batch.max_tokens, and --check tells what fits",
+    "eval_accumulation_steps": "evaluation keeps no logits",
+    "prediction_loss_only": "evaluation keeps no logits",
+    "batch_eval_metrics": "evaluation is described in the section evaluation",
+    "include_for_metrics": "evaluation is described in the section evaluation",
+    "label_names": "labels are made from the conversations",
+    "bf16_full_eval": "evaluation runs in the types that training runs in",
+    "fp16_full_eval": "evaluation runs in the types that training runs in",
+    "dataloader_drop_last": "every process gets the same number of batches by plan",
+    "dataloader_pin_memory": "it is done where there is a GPU",
+    "dataloader_persistent_workers": "workers stay for the whole run",
+    "dataloader_multiprocessing_context": "workers start as torch's default is",
+    "dataloader_in_order": "batches come in the order of the plan",
+    "accelerator_config": "batches are spread over processes by their plan",
+    "length_column_name": "lengths are measured",
+}
+"""Fields that would do nothing here, or harm, and why."""
 
 
 def check_reserved(training: Mapping[str, Any]) -> None:
@@ -43,10 +65,12 @@ def check_reserved(training: Mapping[str, Any]) -> None:
         training: the section of a recipe.
 
     Raises:
-        UsageError: it sets one; the error says what sets it, or what it always is.
+        UsageError: it sets one; the error says what sets it, what it always is, or why it cannot.
     """
     for key in training:
         if key in OURS:
             raise UsageError(f"training.{key} is set by {OURS[key]}: write it there.")
         if key in FIXED:
             raise UsageError(f"training.{key} is always {FIXED[key]}; leave it out.")
+        if key in UNSUPPORTED:
+            raise UsageError(f"training.{key} cannot be set: {UNSUPPORTED[key]}. Leave it out.")

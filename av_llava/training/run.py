@@ -299,9 +299,11 @@ def _evaluation(prepared: Prepared) -> Evaluation | None:
     if prepared.held_out is None:
         return None
     settings = prepared.settings
-    return Evaluation(
+    evaluation = Evaluation(
         settings.evaluation, prepared.model, prepared.held_out, settings.batch.max_tokens
     )
+    evaluation.check()
+    return evaluation
 
 
 def _show_first(model: AVLlava, say: Say, inputs: dict[str, Any], info: BatchInfo) -> None:

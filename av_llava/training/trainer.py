@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +39,7 @@ from av_llava.training.optimizer import build_optimizer
 from av_llava.training.parts import PartsTable
 from av_llava.training.run_folder import STATE
 from av_llava.training.settings import BatchSettings
-from av_llava.training.termination import outlive_first_sigterm
+from av_llava.training.termination import start_worker
 from av_llava.training.told_apart import KindLosses, part_norms
 
 logger = logging.getLogger(__name__)
@@ -123,7 +121,7 @@ class AVTrainer(Trainer):
             persistent_workers=workers > 0,
             prefetch_factor=self.batch.prefetch if workers else None,
             pin_memory=self.args.device.type == "cuda",
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             # Its own, so that reading draws nothing from the numbers that training uses.
             generator=torch.Generator().manual_seed(self.args.seed),
         )
@@ -165,7 +163,8 @@ class AVTrainer(Trainer):
         """Watch the norm, too: one that is no number spoils the weights in this very step."""
         norm = super()._get_grad_norm(*args, **kwargs)
         step = self.state.global_step + 1
-        self.losses.add_norm(norm, step)
+        if self.accelerator.scaler is None:  # fp16's skips such steps, and lowers its scale
+            self.losses.add_norm(norm, step)
         # The log of an epoch may come after any step.
         by_epoch = self.args.logging_strategy == "epoch"
         first = step == 1 and self.args.logging_first_step
@@ -295,10 +294,28 @@ class AVTrainer(Trainer):
             self._save_optimizer_and_scheduler(place)
             self._save_scaler(place)
             self._save_rng_state(place)
+        read = self._read_so_far()
         if self.args.should_save:
-            state = {**self.sampler.state_dict(), "world_size": self.args.world_size}
+            state = {**self.sampler.state_dict(), "world_size": self.args.world_size, **read}
             (folder / SAMPLER).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             self.state.save_to_json(str(folder / STATE))
+
+    def _read_so_far(self) -> dict[str, int]:
+        """What all processes have read since the run began, and could not; each must call it."""
+        watch = self.bad_media
+        own = [0, 0] if watch is None else [watch.n_samples, watch.n_bad]
+        sums = torch.tensor([[*own, self.meters.bad]], dtype=torch.float64)
+        if self.args.world_size > 1:
+            sums = self.gathered(sums)
+        samples, replaced, bad = (round(n) for n in sums.sum(0).tolist())
+        return {"samples": samples, "replaced": replaced, "bad_media": self.meters.n_bad + bad}
+
+    def _goes_on_counting(self, state: Mapping[str, Any]) -> None:
+        """Take the counts of a checkpoint; the first process holds those of all."""
+        self.meters.n_bad = state.get("bad_media", 0)
+        if self.bad_media is not None and self.args.process_index == 0:
+            self.bad_media.n_samples = state.get("samples", 0)
+            self.bad_media.n_bad = state.get("replaced", 0)
 
     def _save(
         self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None
@@ -317,6 +334,7 @@ class AVTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         state = json.loads((folder / SAMPLER).read_text(encoding="utf-8"))
         self.sampler.load_state_dict(state)
+        self._goes_on_counting(state)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not sharded and not (folder / OPTIMIZER_NAME).is_file():
             raise UsageError(
@@ -353,16 +371,3 @@ def full_disk_named(target: Path) -> Iterator[None]:
             f"{target} could not be written: {error}. The checkpoints before it are whole. Make "
             f"room, then go on with --resume."
         ) from error
-
-
-def _start_worker(_: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the process that trains, which then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    outlive_first_sigterm()
-    sys.excepthook = _unless_hung_up
-
-
-def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Say nothing when the process that trains has gone while a tensor was handed over."""
-    if not issubclass(kind, (ConnectionError, EOFError)):
-        sys.__excepthook__(kind, error, trace)

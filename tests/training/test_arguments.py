@@ -8,7 +8,7 @@ import torch
 from av_llava.errors import UsageError
 from av_llava.training import arguments as ours
 from av_llava.training.arguments import training_arguments
-from av_llava.training.reserved import FIXED
+from av_llava.training.reserved import FIXED, UNSUPPORTED
 from av_llava.training.settings import TrainSettings
 
 
@@ -29,6 +29,9 @@ def test_names_are_checked_and_what_is_fixed_cannot_be_set(tmp_path):
     for name in FIXED:
         with pytest.raises(UsageError, match=f"training.{name} is always"):
             arguments(tmp_path, **{name: True})
+    for name in UNSUPPORTED:
+        with pytest.raises(UsageError, match=f"training.{name} cannot be set: .* Leave it out"):
+            arguments(tmp_path, **{name: 1})
     with pytest.raises(UsageError, match=r"training\.fsdp .* start it with torchrun"):
         arguments(tmp_path, fsdp=True, use_cpu=True)
     with pytest.raises(UsageError, match="refuses the section training"):

@@ -296,6 +296,18 @@ def test_too_many_unreadable_samples_stop_before_training(media, processor):
     assert dataset_of(films(media, 20, bad=[3], file="garbage.mp4"), processor)
 
 
+def test_what_headers_tell_names_the_file_once(media, processor, tmp_path):
+    gone = ("video", str(tmp_path / "gone.mp4"))
+    both = sample(1, ("image", media["picture"]), gone)
+    more = [sample(i, ("image", media["picture"]), ("video", media["film"])) for i in (3, 4, 5)]
+    data = dataset_of([sample(0, gone), both, sample(2, gone), *films(media, 9), *more], processor)
+    bad = [b for i in range(3) for b in data.__getitems__([i])["info"].bad]
+    assert [(b.file, b.sample, b.source) for b in bad] == [
+        (gone[1], str(i), f"data.jsonl:{i}") for i in range(3)
+    ]
+    assert Quarantine(tmp_path / "q.jsonl").add(bad) == 1
+
+
 # ---------------------------------------------------------------- counted, listed, stopped
 
 
@@ -360,6 +372,34 @@ def test_another_file_is_not_overwritten(tmp_path):
     with pytest.raises(DataError, match="notes.txt is not a list of bad media"):
         Quarantine(file).add([medium(1)])
     assert file.read_text() == "my notes\n"
+
+
+def test_a_line_that_was_not_finished_is_written_again(tmp_path):
+    file = tmp_path / "q.jsonl"
+    Quarantine(file).add([medium(1)])
+    Quarantine(file).add([medium(2)])
+    whole = file.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole)):  # as a full disk, or a power cut, leaves it
+        file.write_bytes(whole[:end])
+        Quarantine(file).add([medium(2)])
+        assert file.read_bytes() == whole
+        file.write_bytes(whole[:end])
+        Quarantine(file).add([medium(3), medium(1)])
+        names = [json.loads(line)["file"] for line in file.read_text().splitlines()]
+        # The second one was whole but for the end of its line.
+        assert names == (
+            ["1.mp4", "2.mp4", "3.mp4"] if end == len(whole) - 1 else ["1.mp4", "3.mp4"]
+        )
+
+
+def test_notes_without_an_end_of_line_are_not_taken_for_an_unfinished_line(tmp_path):
+    file = tmp_path / "notes.txt"
+    for text in ("my notes", '{"film": 1'):
+        file.write_text(text)
+        with pytest.raises(DataError, match="notes.txt is not a list of bad media"):
+            Quarantine(file).add([medium(1)])
+        assert file.read_text() == text
 
 
 @pytest.mark.parametrize(

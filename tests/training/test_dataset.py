@@ -202,18 +202,30 @@ def test_a_sample_beyond_the_limit_loses_frames_and_keeps_its_answer(media, proc
 
 
 def test_text_is_never_cut(media, processor):
-    data = dataset_of(
-        [sample(0, ("video", media["silent"]), question="word " * 50)],
-        processor, max_length=60, too_long="trim",
-    )  # fmt: skip
+    long, fine = "word " * 50, sample(0)
     with pytest.raises(
         DataError,
-        match="data.jsonl:0: sample '0': It has .* tokens .with one frame.*text is never cut",
+        match="data.jsonl:1: sample '1': It has .* tokens .with one frame.*text is never cut",
     ):
-        data[0]
-    data = dataset_of([sample(0, question="word " * 50)], processor, max_length=60, too_long="trim")
+        dataset_of(
+            [fine, sample(1, ("video", media["silent"]), question=long)],
+            processor, max_length=60, too_long="trim",
+        )  # fmt: skip
     with pytest.raises(DataError, match="there is no video to take frames from"):
-        data[0]
+        dataset_of([fine, sample(1, question=long)], processor, max_length=60, too_long="trim")
+
+
+def test_samples_beyond_those_that_are_tried_first_are_refused_when_they_come(
+    media, processor, monkeypatch
+):
+    monkeypatch.setattr("av_llava.training.dataset._TRIMMED_FIRST", 1)
+    film = sample(0, ("video", media["long"]))
+    limit = int(dataset_of([film], processor, frames=8).lengths()[0]) - 1
+    wordy = sample(1, ("video", media["silent"]), question="word " * limit)
+    data = dataset_of([film, wordy], processor, frames=8, max_length=limit, too_long="trim")
+    assert max(data[0]["info"].lengths) <= limit
+    with pytest.raises(DataError, match="sample '1': It has .* tokens .with one frame"):
+        data[1]
 
 
 def test_an_index_of_other_data_is_refused(dataset, media, processor):

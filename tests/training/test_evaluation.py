@@ -7,14 +7,11 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from training_data import sample
 
-from av_llava.chat import Message, TextPart
 from av_llava.errors import UsageError
 from av_llava.training.evaluation import (
     contains,
     exact,
-    question_and_answer,
     scorer_named,
     spread,
 )
@@ -44,16 +41,6 @@ def test_scorers_by_name() -> None:
             scorer_named(name)
     with pytest.raises(UsageError, match="cannot be called"):
         scorer_named("av_llava.training.evaluation:SCORERS")
-
-
-def test_the_last_answer_is_the_reference() -> None:
-    first = sample("a", question="Which?", answer="One.")
-    longer = sample("b")
-    turns = (*first.messages, *longer.messages)
-    both = type(first)("c", turns, "d:1")
-    before, reference = question_and_answer(both)
-    assert reference == "A red ball moves." and before == turns[:3]
-    assert isinstance(before[0], Message) and before[1].parts == (TextPart("One."),)
 
 
 @given(st.integers(1, 500), st.integers(1, 500))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ import torch
 from tiny import tiny
 from torch.utils.data import DataLoader
 from train_runs import make_base, make_data, recipe, trainer_of
-from training_data import dataset_of, make_media, sample
+from training_data import ListStore, dataset_of, make_media, sample
 
 import av_llava.encoding as encoding
 import av_llava.media_inputs as media_inputs
@@ -32,8 +34,11 @@ from av_llava.training.feature_cache import (
     digest_of,
     identity_of,
 )
+from av_llava.training.index import build_index
+from av_llava.training.modality_dropout import plan_dropout
 from av_llava.training.prepare import feature_cache
-from av_llava.training.settings import DataSettings, TrainSettings
+from av_llava.training.readers import RowContext, detect
+from av_llava.training.settings import DataSettings, DropoutSettings, TrainSettings
 
 torch.set_num_threads(1)
 GIB = 2**30
@@ -65,9 +70,9 @@ def samples_of(media):
     ]
 
 
-def cached(media, model, processor, folder, max_bytes=GIB, samples=None, **settings):
+def cached(files, model, processor, folder, max_bytes=GIB, samples=None, **settings):
     cache = CachedMedia(FeatureStore(folder, max_bytes), TowerKeys.of(model))
-    return dataset_of(samples or samples_of(media), processor, cache=cache, **settings)
+    return dataset_of(samples or samples_of(files), processor, cache=cache, **settings)
 
 
 def step(model, batch):
@@ -313,6 +318,70 @@ def test_digests_of_weights_tell_names_types_and_shapes():
     ]
     assert len(set(digests)) == 5 and digest(a=zeros) == digests[0]
     assert digest(a=zeros.bfloat16()) != digest(a=zeros.half())
+
+
+# ---------------------------------------------------------------- sound that is turned off
+
+
+def turned_off(how, media, processor):
+    """The film without its sound, and how the data set is made; ``how`` says who turned it off."""
+    heard = [sample(0, ("video", media["film"])), sample(1, ("video", media["long"]))]
+    if how == "part":
+        parts = [MediaPart("video", media[name], audio="off") for name in ("film", "long")]
+        return [sample(i, part) for i, part in enumerate(parts)], {}
+    if how == "row":
+        turns = [{"from": "human", "value": "What happens?"}, {"from": "gpt", "value": "It moves."}]
+        row = {"use_audio": False, "conversations": turns}
+        rows = [{**row, "video": media[name]} for name in ("film", "long")]
+        return [
+            detect(r).read(r, RowContext(f"data.json[{i}]")).sample for i, r in enumerate(rows)
+        ], {}
+    if how == "data":
+        return heard, {"media": {"audio": "off"}}
+    store, options = ListStore(heard), processor.media_options(frames=4)
+    shares, index = DropoutSettings(sound=1.0), build_index(store, processor, options)
+    return heard, {"dropout": plan_dropout(shares, store, processor, options, index)}
+
+
+@pytest.mark.parametrize("how", ["part", "row", "data", "dropout"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_sound_that_is_turned_off_is_not_brought_back(media, tmp_path, spec, how):
+    """An entry that was made while it was heard is for samples that hear it."""
+    model, processor = frozen(spec)
+    samples, settings = turned_off(how, media, processor)
+    heard = [replace(s, messages=_heard(s.messages)) for s in samples]
+    plain = dataset_of(samples, processor, **copy.deepcopy(settings))
+    loss, grads, _ = step(model, plain.__getitems__([0, 1]))
+    for folder, first in (("heard first", heard), ("muted first", samples)):
+        before = cached(media, model, processor, tmp_path / folder, samples=first)
+        step(model, before.__getitems__([0, 1]))
+        data = cached(
+            media, model, processor, tmp_path / folder, samples=samples, **copy.deepcopy(settings)
+        )
+        batch = data.__getitems__([0, 1])
+        info = batch["info"]
+        assert info.tokens["audio"] == 0 and ("audio", 0) not in batch["tower_outputs"].known
+        assert list(info.lengths) == data.lengths().tolist() == plain.lengths().tolist()
+        found, same, ran = step(model, batch)
+        assert ran == [] and torch.equal(found, loss)
+        assert set(same) == set(grads)
+        for name, grad in grads.items():
+            torch.testing.assert_close(same[name], grad, atol=1e-7, rtol=1e-5)
+    # Sound that is wanted is heard, also where the frames were kept without it.
+    again = cached(media, model, processor, tmp_path / "muted first", samples=heard)
+    batch = again.__getitems__([0, 1])
+    assert batch["info"].tokens["audio"] > 0
+    assert torch.equal(
+        step(model, batch)[0], step(model, dataset_of(heard, processor).__getitems__([0, 1]))[0]
+    )
+
+
+def _heard(messages):
+    """The same turns with the sound of their videos."""
+    return tuple(
+        replace(m, parts=tuple(replace(p, audio=None) if p in m.media else p for p in m.parts))
+        for m in messages
+    )
 
 
 # ---------------------------------------------------------------- files

@@ -170,17 +170,65 @@ def test_a_replacement_is_planned_in_its_form_too(media, processor):
     assert info.padded <= 2 * max(data.lengths(0)[[0, 2]])
 
 
-def test_a_form_leaves_the_sample_alone(media):
+def muted_samples(media):
+    """Videos whose own sound is off, where something else is heard."""
+    muted = MediaPart("video", media["film"], audio="off")
+    return [
+        sample(0, muted, ("video", media["long"])),
+        sample(1, ("video", media["long"]), muted),
+        sample(2, muted, ("audio", media["sound"])),
+        sample(3, ("video", media["film"])),
+    ]
+
+
+@pytest.mark.parametrize("shares", [{"frames": 1.0}, {"frames": 0.5, "sound": 0.5}])
+def test_a_muted_video_is_never_heard(media, processor, tmp_path, shares):
+    """Without frames nothing would be left of it: such a sample keeps them."""
+    store = ListStore(muted_samples(media))
+    options = processor.media_options(frames=4)
+    index = build_index(store, processor, options)
+    dropout = plan_dropout(
+        DropoutSettings(**shares), store, processor, options, index, folder=tmp_path
+    )
+    assert dropout.lengths[NO_FRAMES].astype(bool).tolist() == [False, False, False, True]
+    data = TrainingDataset(store, processor, options, index, seed=3, dropout=dropout)
+    whole = TrainingDataset(store, processor, options, index)
+    for epoch in range(6 if len(shares) > 1 else 1):
+        forms = dropout.forms(3, epoch, np.arange(4))
+        assert NO_FRAMES not in forms[:3]
+        for i in range(4):
+            info = data.__getitems__(PlannedBatch([i], epoch, 0))["info"]
+            assert info.lengths[0] == data.lengths(epoch)[i]
+            if forms[i] == WHOLE:
+                assert info.tokens == whole[i]["info"].tokens
+            elif i < 3:
+                assert info.tokens["video"] == whole[i]["info"].tokens["video"]
+
+
+def test_sound_that_is_off_for_all_is_not_heard_in_place_of_frames(media, processor):
+    """The sound of another file beside the video is no reason to hear the video's own."""
+    both = sample(0, ("video", media["film"]), ("audio", media["sound"]))
+    store, options = ListStore([both]), processor.media_options(frames=4, audio="off")
+    index = build_index(store, processor, options)
+    dropout = plan_dropout(DropoutSettings(frames=1.0), store, processor, options, index)
+    assert dropout.forms(0, 0, 0).tolist() == [WHOLE]
+    assert in_form(both, NO_FRAMES, options) is both
+    heard = in_form(both, NO_FRAMES, processor.media_options(frames=4))
+    assert [part.kind for part in heard.media] == ["audio", "audio"]
+
+
+def test_a_form_leaves_the_sample_alone(media, processor):
     whole = samples_of(media)[5]
-    assert in_form(whole, WHOLE) is whole
-    (heard,) = in_form(whole, NO_FRAMES).media
+    options = processor.media_options()
+    assert in_form(whole, WHOLE, options) is whole
+    (heard,) = in_form(whole, NO_FRAMES, options).media
     assert (heard.kind, heard.source, heard.start_s, heard.end_s) == (
         "audio",
         media["sound"],
         0.5,
         1.8,
     )
-    (watched,) = in_form(whole, NO_SOUND).media
+    (watched,) = in_form(whole, NO_SOUND, options).media
     assert (watched.kind, watched.audio, watched.source) == ("video", "off", media["silent"])
     assert whole.media[0].audio == media["sound"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny
+from transformers import get_scheduler
 
 from av_llava.training.arguments import training_arguments
 from av_llava.training.optimizer import build_optimizer, parameter_groups
@@ -41,6 +42,35 @@ def test_token_rows_never_decay() -> None:
     rows = [g for g in parameter_groups(model, table) if "audio_token_rows" in g["name"]]
     assert [g["weight_decay"] for g in rows] == [0.0]
     assert rows[0]["params"][0].ndim == 2
+
+
+def test_the_last_rate_of_a_schedule_is_that_of_the_fastest_part(tmp_path: Path) -> None:
+    model, _ = tiny("llama")
+    trainable = TrainableSettings(
+        mm_projector=PartSettings("full", lr=1e-3), language_model=PartSettings("full", lr=2e-4)
+    )
+    table = apply_trainable(model, trainable)
+    settings = settings_from(
+        {
+            "training": {
+                "use_cpu": True,
+                "report_to": [],
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr": 1e-4},
+            }
+        }
+    )
+    args = training_arguments(settings, tmp_path)
+    optimizer = build_optimizer(model, table, args)
+    schedule = get_scheduler(
+        args.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs
+    )
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+    rates = {g["name"]: g["lr"] for g in optimizer.param_groups}
+    assert rates["mm_projector"] == pytest.approx(1e-4)
+    assert rates["language_model"] == pytest.approx(2e-5)
 
 
 @pytest.mark.parametrize(("optim", "name"), [("adamw_torch", "AdamW"), ("adafactor", "Adafactor")])

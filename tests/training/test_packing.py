@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 import torch
 from tiny import tiny
@@ -10,7 +13,12 @@ from training_data import dataset_of, make_media, sample, some_samples
 from transformers import CONFIG_MAPPING
 
 from av_llava.errors import DataError, UsageError
+from av_llava.training.checking import check_run
 from av_llava.training.packing import check_packing, packed
+from av_llava.training.parts import apply_trainable
+from av_llava.training.prepare import Hooks
+from av_llava.training.run import train
+from av_llava.training.settings import LoraSettings, PartSettings, TrainableSettings
 
 torch.set_num_threads(1)
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
@@ -99,11 +107,66 @@ def test_the_account_is_of_samples(media):
     assert info.padded == sum(info.lengths) < plain.padded
 
 
-def test_weights_of_samples_cannot_be_packed():
+@pytest.mark.parametrize("mode", ["lora", "freeze", "last:1"])
+def test_token_rows_beside_the_language_model_train_alike(media, mode):
+    """The rows of the audio tokens put a module around the embedding."""
+    model, processor = tiny("qwen2")
+    trainable = TrainableSettings(language_model=PartSettings(mode))
+    assert trainable.audio_token_rows.is_trained
+    apply_trainable(model, trainable, LoraSettings(rank=2))
+    for name, parameter in model.named_parameters():  # a fresh LoRA has no effect
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.train()
+    check_packing(model)
+    rows = [4, 0, 3, 1, 2, 6]
+    found = []
+    for packing in (False, True):
+        data = dataset_of(some_samples(media, 7), processor, packing=packing)
+        found.append(gradients(model, data.__getitems__(rows)))
+    (loss, expected), (packed_loss, same) = found
+    torch.testing.assert_close(packed_loss, loss, atol=1e-6, rtol=1e-6)
+    assert set(same) == set(expected) and any("trainable_tokens" in name for name in expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(same[name], gradient, atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_weights_of_samples_cannot_be_packed(media):
     _, processor = tiny()
-    data = dataset_of([sample(0), sample(1, weight=0.5)], processor, packing=True)
+    rows = [sample(0), sample(1, weight=0.5)]
+    dataset_of(rows, processor)
     with pytest.raises(DataError, match="data.jsonl:1: sample '1' has a weight of 0.5"):
-        data.__getitems__([0, 1])
+        dataset_of(rows, processor, packing=True)
+    # A sample that is not used has no weight.
+    gone = sample(1, ("video", media["film"] + ".gone"), weight=0.5)
+    data = dataset_of([sample(0, ("video", media["film"])), gone], processor, packing=True)
+    assert data.__getitems__([0, 1])["info"].ids == ("0", "0")
+
+
+def test_a_weighted_row_is_refused_before_the_first_step(tmp_path):
+    """Also where only the weight of a file in a mixture says so, and by --check."""
+    base, folder = make_base(tmp_path), tmp_path / "out"
+    rows = [sample(i, question="Q " * (1 + i % 5)) for i in range(20)]
+    rows[7] = sample(7, question="Why?", weight=2.0)
+    file, mixture = tmp_path / "rows.jsonl", tmp_path / "mix.yaml"
+    file.write_text("".join(json.dumps(row.to_row()) + "\n" for row in rows))
+    only = {"mm_projector": "freeze", "mm_audio_projector": "freeze", "audio_token_rows": "freeze"}
+    settings = recipe(
+        base,
+        file,
+        folder,
+        batch={"packing": True, "max_samples": 2},
+        trainable={**only, "media_tokens": "freeze"},
+    )
+    for run in (train, lambda settings: check_run(settings, Hooks())):
+        with pytest.raises(DataError, match="rows.jsonl.*8.*: sample '7' has a weight of 2,.*pack"):
+            run(settings)
+        assert not (folder / "train_log.jsonl").exists()
+    rows[7] = sample(7)
+    file.write_text("".join(json.dumps(row.to_row()) + "\n" for row in rows))
+    mixture.write_text("datasets:\n  - {path: rows.jsonl, weight: 3.0}\n")
+    with pytest.raises(DataError, match="rows.jsonl.*sample '0' has a weight of 3,"):
+        train(settings.replace(data=dataclasses.replace(settings.data, train=str(mixture))))
 
 
 def test_a_family_that_ignores_positions_is_refused():

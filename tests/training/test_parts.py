@@ -179,6 +179,29 @@ def test_frozen_layers_recompute_but_drop_nothing(media) -> None:
     torch.testing.assert_close(gradient, model.model.mm_projector[0].weight.grad)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_towers_are_the_same_twice(checkpointing: bool, media) -> None:
+    """Whisper's layers drop by themselves in training mode, without a module for it."""
+    model, processor = tiny("qwen2")
+    apply_trainable(model, spec(mm_projector="full", mm_audio_projector="full"))
+    tower = model.model.audio_tower
+    drops = [m for m in tower.modules() if isinstance(getattr(m, "dropout", None), float)]
+    assert drops
+    for module in drops:
+        module.dropout = 0.5
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert not any(m.training for m in tower.modules())
+    assert not any(m.training for m in model.model.vision_tower.modules())
+    batch = batch_of(processor, media)
+    one, two = (
+        model.model.get_audio_features(batch["input_features"], batch["media"].audios)
+        for _ in range(2)
+    )
+    assert torch.equal(one.pooler_output[0], two.pooler_output[0])
+
+
 def test_frozen_towers_build_no_graph(media) -> None:
     model, processor = tiny("qwen2")
     apply_trainable(model, spec(mm_projector="full", mm_audio_projector="full"))

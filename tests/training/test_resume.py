@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
-from train_runs import losses, make_base, make_data, recipe, recipe_data, trainer_of
+from train_runs import logged, losses, make_base, make_data, recipe, recipe_data, trainer_of
 from transformers import AutoTokenizer, TrainerCallback
 
 from av_llava.errors import AVLlavaError, CheckpointError, DataError, UsageError
@@ -124,6 +125,33 @@ def test_media_of_steps_that_were_done_are_not_read_again(place, tmp_path, monke
     per_epoch = json.loads((output / "run.json").read_text())["batches_per_epoch"]
     assert read == [divmod(step, per_epoch) for step in range(5, STEPS)]
     assert sorted(losses(output)) == list(range(1, STEPS + 1))
+
+
+def test_bad_media_are_counted_on(place: Path, tmp_path: Path) -> None:
+    gone = {"id": "gone", "video": "gone.mp4", "conversations": [
+        {"from": "human", "value": "<video>\nWhy?"}, {"from": "gpt", "value": "So."}]}  # fmt: skip
+    file = tmp_path / "data.jsonl"
+    file.write_text((place / "data.jsonl").read_text() + json.dumps(gone) + "\n")
+
+    def run(out: str, resume: bool = False):
+        own = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+        return train(recipe(place / "base", file, tmp_path / out, training=own), resume=resume)
+
+    def counted(out: str) -> list[int]:
+        return [row["bad_media"] for row in logged(tmp_path / out)]
+
+    run("one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for name in ("final", "checkpoint-8"):
+        shutil.rmtree(tmp_path / "two" / name)
+    run("two", resume=True)
+    assert counted("one") == counted("two") and counted("one")[-1] > counted("one")[3] > 0
+    states = [
+        json.loads((tmp_path / out / "checkpoint-8" / "batches.json").read_text())
+        for out in ("one", "two")
+    ]
+    assert states[0] == states[1] and states[0]["replaced"] == counted("one")[-1]
+    assert states[0]["samples"] > 8
 
 
 def test_only_complete_checkpoints_count(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from av_llava.errors import UsageError
 from av_llava.training.arguments import DEFAULTS
 from av_llava.training.recipe import settings_from
-from av_llava.training.reserved import FIXED, OURS
+from av_llava.training.reserved import FIXED, OURS, UNSUPPORTED
 from av_llava.training.settings import (
     LORA_LR,
     PARTS,
@@ -70,7 +70,7 @@ def test_a_lora_cannot_be_saved_as_a_whole() -> None:
 
 def test_names_of_training_arguments_exist_in_this_version() -> None:
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
-    assert {*DEFAULTS, *FIXED} <= known
+    assert {*DEFAULTS, *FIXED, *UNSUPPORTED} <= known
     # Those that newer or older versions call differently are guarded, too.
     assert set(OURS) - known <= {"activation_checkpointing"}
 

@@ -232,6 +232,23 @@ def test_gradients_without_bound_stop_the_run(run_of) -> None:
     assert [p.name for p in Path(settings.output).glob("*checkpoint*")] == ["checkpoint-1"]
 
 
+def test_steps_that_fp16_skips_end_nothing(run_of) -> None:
+    """Its scale grows until a gradient overflows; then the step is skipped and the scale halved."""
+    trainer, _ = trainer_of(run_of(training={"max_steps": 12, "bf16": True}))
+    accelerator = trainer.accelerator
+    # accelerate has fp16 on GPUs alone; the scaler is the real one, in a hurry.
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+    scaler = accelerator.scaler = torch.amp.GradScaler("cpu", 2.0**16, growth_interval=1)
+    norms = []
+    trainer.log = lambda logs, _=None: norms.append(logs.get("grad_norm"))
+    try:
+        trainer.train()
+    finally:
+        accelerator.state._mixed_precision = "bf16"
+    assert trainer.state.global_step == 12 and scaler.get_scale() < 2.0**28
+    assert sum(n == float("inf") for n in norms) >= 1
+
+
 def test_a_run_with_a_broken_weight_stops_and_keeps_nothing(run_of) -> None:
     settings = run_of(training={"save_strategy": "steps", "save_steps": 1})
     trainer, _ = trainer_of(settings)
@@ -265,6 +282,45 @@ def test_a_sample_without_an_answer_stops_the_run(place: Path, tmp_path: Path) -
     )  # fmt: skip
     with pytest.raises(DataError, match="mute"):
         train(settings)
+
+
+def test_a_row_that_does_not_fit_the_template_stops_the_run(place: Path, tmp_path: Path) -> None:
+    twice = [("human", "<video>\nHello."), ("human", "What is it?"), ("gpt", "A ball.")]
+    film = str(place / "media" / "film.mp4")
+    row = {
+        "id": "twice",
+        "video": film,
+        "conversations": [{"from": f, "value": v} for f, v in twice],
+    }
+    file = tmp_path / "d.jsonl"
+    others = (place / "data.jsonl").read_text()
+    file.write_text(others + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="d.jsonl, line 9: sample 'twice': .*user"):
+        train(recipe(place / "base", file, tmp_path / "out"))
+    row["conversations"] = row["conversations"][1:]
+    row["video"] = str(tmp_path / "gone.mp4")  # a file that is missing is another matter
+    row["conversations"][0]["value"] = "<video>\nWhat is it?"
+    file.write_text(others + json.dumps(row) + "\n")
+    train(recipe(place / "base", file, tmp_path / "out2", training={"max_steps": 1}))
+
+
+def test_16_bits_need_mixed_precision(run_of) -> None:
+    with pytest.raises(UsageError, match=r"model\.dtype=bfloat16 .* add training\.bf16=true"):
+        trainer_of(run_of(model={"dtype": "bfloat16"}))
+    trainer, _ = trainer_of(
+        run_of(model={"dtype": "bfloat16"}, training={"bf16": True, "max_steps": 1})
+    )
+    trainer.train()
+
+
+def test_videos_lose_frames_until_a_batch_holds_them(run_of) -> None:
+    long = dict(data={"frames": 12}, batch={"max_tokens": 118})
+    with pytest.raises(DataError, match="longer than max_tokens = 118"):
+        trainer_of(run_of(**long))
+    long["data"]["too_long"] = "trim"
+    trainer, prepared = trainer_of(run_of(**long))
+    assert prepared.dataset.lengths().max() == 118 < prepared.index.lengths.max()
+    trainer.train()
 
 
 @pytest.mark.parametrize(
@@ -399,6 +455,7 @@ def test_evaluation_loss_against_an_oracle(run_of, place) -> None:
             known = sums.setdefault(name, [0.0, 0])
             sums[name] = [known[0] + out.loss.item() * n, known[1] + n]
     assert len(sums) > 3
+    assert found.pop("eval_bad_media") == 0
     assert found == pytest.approx({k: total / n for k, (total, n) in sums.items()}, rel=1e-5)
 
 
