@@ -93,16 +93,16 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
     except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
         said = " ".join(str(error).split())
         raise UsageError(f"transformers refuses the section training: {said}") from error
+    if args.fsdp and (args.fsdp_config or {}).get("version") in (1, "1"):
+        raise UsageError(
+            "training.fsdp_config.version = 1 flattens parameters, so that parts cannot have "
+            "settings of their own: leave it out, which takes FSDP2."
+        )
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UsageError(
             "training.fsdp spreads a model over several processes, but this is one alone: start "
             "it with torchrun --nproc_per_node N -m av_llava.cli train ..., or leave it out "
             "(training.fsdp=null)."
-        )
-    if args.fsdp and (args.fsdp_config or {}).get("version") in (1, "1"):
-        raise UsageError(
-            "training.fsdp_config.version = 1 flattens parameters, so that parts cannot have "
-            "settings of their own: leave it out, which takes FSDP2."
         )
     return args
 

@@ -32,6 +32,8 @@ def test_names_are_checked_and_what_is_fixed_cannot_be_set(tmp_path):
     for name in UNSUPPORTED:
         with pytest.raises(UsageError, match=f"training.{name} cannot be set: .* Leave it out"):
             arguments(tmp_path, **{name: 1})
+    with pytest.raises(UsageError, match=r"fsdp_config\.version = 1 .* which takes FSDP2"):
+        arguments(tmp_path, fsdp="full_shard", fsdp_config={"version": 1}, use_cpu=True)
     with pytest.raises(UsageError, match=r"training\.fsdp .* start it with torchrun"):
         arguments(tmp_path, fsdp=True, use_cpu=True)
     with pytest.raises(UsageError, match="refuses the section training"):
