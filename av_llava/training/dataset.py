@@ -44,6 +44,7 @@ from av_llava.training.packing import check_weights, packed
 from av_llava.training.samples import Sample
 from av_llava.training.store import SampleStore
 from av_llava.training.unreadable import UnreadableError, sample_named
+from av_llava.training.workers import Failed, failed
 
 TOO_LONG = ("error", "trim")
 _TRIMMED_FIRST = 1000
@@ -134,10 +135,16 @@ class TrainingDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A batch of one sample."""
-        return self.__getitems__([index])
+        return self._batch([index])
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        """The batch of these samples."""
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any] | Failed:
+        """The batch of these samples; from a worker also what failed."""
+        try:
+            return self._batch(indices)
+        except AVLlavaError as error:
+            return failed(error)
+
+    def _batch(self, indices: Sequence[int]) -> dict[str, Any]:
         started = time.perf_counter()
         epoch = indices.epoch if isinstance(indices, PlannedBatch) else self.epoch
         builder = BatchBuilder(self.processor, self.planner, self.options, decode=True)

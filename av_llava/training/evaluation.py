@@ -29,9 +29,9 @@ from av_llava.training.collate import as_is
 from av_llava.training.held_out import HeldOut
 from av_llava.training.loss import where_learned
 from av_llava.training.settings import EvaluationSettings
-from av_llava.training.termination import start_worker
 from av_llava.training.told_apart import KindLosses
 from av_llava.training.unreadable import sample_named
+from av_llava.training.workers import batches_of, end_workers, start_worker
 
 if TYPE_CHECKING:
     from av_llava.training.trainer import AVTrainer
@@ -161,16 +161,20 @@ class Evaluation:
             generator=torch.Generator(),
         )
         total, kinds = torch.zeros(2, dtype=torch.float64), KindLosses()
-        for batch in loader:
-            info = batch.pop("info")
-            self._bad.update((medium.index, medium) for medium in info.bad)
-            count = sum(info.supervised)
-            inputs = trainer._prepare_inputs(where_learned({**batch, "use_cache": False}))
-            # Only here: media are read by the loader, in the precision of training.
-            with trainer.accelerator.autocast():
-                outputs = trainer.model(**inputs, num_items_in_batch=max(1, count))
-            total += torch.tensor([outputs.loss.item() * count, count], dtype=torch.float64)
-            kinds.add(outputs.logits, inputs["labels"], info, inputs.get("logits_to_keep"))
+        batches = iter(loader)
+        try:
+            for batch in batches_of(batches):
+                info = batch.pop("info")
+                self._bad.update((medium.index, medium) for medium in info.bad)
+                count = sum(info.supervised)
+                inputs = trainer._prepare_inputs(where_learned({**batch, "use_cache": False}))
+                # Only here: media are read by the loader, in the precision of training.
+                with trainer.accelerator.autocast():
+                    outputs = trainer.model(**inputs, num_items_in_batch=max(1, count))
+                total += torch.tensor([outputs.loss.item() * count, count], dtype=torch.float64)
+                kinds.add(outputs.logits, inputs["labels"], info, inputs.get("logits_to_keep"))
+        finally:
+            end_workers(batches)
         summed = _summed(trainer, total)
         gather = trainer.gathered if args.world_size > 1 else None
         by_kind = {f"eval_{k}": v for k, v in kinds.take(args.device, gather).items()}

@@ -33,9 +33,9 @@ class HeldOut(TrainingDataset):
 
     replaces = False
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+    def _batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """The batch of these samples; nothing is learned of those that cannot be read."""
-        batch = super().__getitems__(indices)
+        batch = super()._batch(indices)
         info = batch["info"]
         gone = {medium.index for medium in info.bad}
         read = [row not in gone for row in info.indices]

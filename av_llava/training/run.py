@@ -116,9 +116,11 @@ def _train(
     settings: TrainSettings, args: TrainingArguments, folder: RunFolder, resume: bool, hooks: Hooks
 ) -> Path:
     main = args.process_index == 0
-    if main and resume and folder.is_finished:
-        hooks.say(f"{folder.path} is finished.")
     if folder.is_finished:
+        with first_alone(args):
+            if main:
+                _same_recipe(settings, folder)
+        hooks.say(f"{folder.path} is finished.")
         return folder.final
     checkpoint = folder.last_checkpoint() if resume else None
     with first_alone(args):
@@ -174,7 +176,7 @@ def _begin(
 ) -> None:
     """Write what is run, or check that it is what was run."""
     if folder.is_used:
-        _same_recipe(recipe.settings_from(recipe.read_yaml(folder.recipe)), settings, folder)
+        _same_recipe(settings, folder)
         if checkpoint is None:
             hooks.say(f"{folder.path} holds no checkpoint yet: the run begins anew.")
             folder.cut_log(-1)
@@ -206,7 +208,8 @@ _FREE = (
 """What may differ when a run is resumed, because no step depends on it."""
 
 
-def _same_recipe(before: TrainSettings, now: TrainSettings, folder: RunFolder) -> None:
+def _same_recipe(now: TrainSettings, folder: RunFolder) -> None:
+    before = recipe.settings_from(recipe.read_yaml(folder.recipe))
     old, new = _flat(recipe.to_data(before)), _flat(recipe.to_data(now))
     differing = sorted(
         key

@@ -8,7 +8,6 @@ then. Outside :meth:`Termination.listening` nothing is changed.
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,24 +77,3 @@ class Termination(TrainerCallback):
         told = torch.tensor(int(self.asked), device=args.device)
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
         return bool(told.item())
-
-
-def outlive_first_sigterm() -> None:
-    """In a worker that reads media: a cluster tells all processes, and batches are still needed.
-
-    The loader ends its workers in another way; a second signal ends this one.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-def start_worker(_: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the process that trains, which then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    outlive_first_sigterm()
-    sys.excepthook = _unless_hung_up
-
-
-def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Say nothing when the process that trains has gone while a tensor was handed over."""
-    if not issubclass(kind, (ConnectionError, EOFError)):
-        sys.__excepthook__(kind, error, trace)

@@ -8,6 +8,7 @@ sees the same batches, the same random numbers and the same losses.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -39,8 +40,8 @@ from av_llava.training.optimizer import build_optimizer
 from av_llava.training.parts import PartsTable
 from av_llava.training.run_folder import STATE
 from av_llava.training.settings import BatchSettings
-from av_llava.training.termination import start_worker
 from av_llava.training.told_apart import KindLosses, part_norms
+from av_llava.training.workers import batches_of, end_workers, start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class AVTrainer(Trainer):
         self.on_first_batch: Callable[[dict[str, Any], BatchInfo], None] | None = None
         self.meters, self.kinds = Meters(), KindLosses()
         self._info: BatchInfo | None = None
+        self._batches: Any = None
         self._of_step: dict[str, Any] = {}
         self.losses = LossWatch(at_once=args.device.type == "cpu")
         self._n_counted = sum(p.numel() for p in model.parameters())
@@ -126,12 +128,28 @@ class AVTrainer(Trainer):
             generator=torch.Generator().manual_seed(self.args.seed),
         )
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """Take batches, and note how long that took."""
+        self._batches = epoch_iterator
         started = time.perf_counter()
-        batches = super().get_batch_samples(*args, **kwargs)
+        batches = super().get_batch_samples(batches_of(epoch_iterator), *args, **kwargs)
         self.meters.wait_s += time.perf_counter() - started
         return batches
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; nothing that reads media goes on afterwards, whatever happens."""
+        try:
+            return super().train(*args, **kwargs)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise CheckpointError(
+                f"{self.args.output_dir} could not be written to: {error}. Make room, then go on "
+                f"with --resume."
+            ) from error
+        finally:
+            end_workers(self._batches)
+            self._batches = None
 
     # ---------------------------------------------------------------- one step
 
@@ -140,6 +158,21 @@ class AVTrainer(Trainer):
         if self.optimizer is None:
             self.optimizer = build_optimizer(model or self.model, self.table, self.args)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Make the schedule; a share of few steps is none, lest the only step has no rate."""
+        if self.args.warmup_steps * num_training_steps < 1:
+            self.args.warmup_steps = 0
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as error:
+            given = self.args.lr_scheduler_kwargs
+            raise UsageError(
+                f"training.lr_scheduler_type={self.args.lr_scheduler_type} cannot be made with "
+                f"training.lr_scheduler_kwargs={given}: {error}."
+            ) from error
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None

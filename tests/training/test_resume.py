@@ -274,6 +274,17 @@ def test_a_finished_run_is_left_alone(place: Path, tmp_path: Path) -> None:
     assert (final / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_is_not_taken_for_another(place: Path, tmp_path: Path) -> None:
+    settings = recipe(place / "base", place / "data.jsonl", tmp_path / "out")
+    train(settings)
+    longer = recipe(
+        place / "base", place / "data.jsonl", tmp_path / "out", training={"max_steps": 9}
+    )
+    with pytest.raises(UsageError, match=r"was begun with training\.max_steps = 4, not 9"):
+        train(longer, resume=True)
+    assert train(settings, resume=True) == tmp_path / "out" / "final"
+
+
 def test_a_run_that_never_saved_begins_anew(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     settings = recipe(place / "base", place / "data.jsonl", output, training={"max_steps": 2})

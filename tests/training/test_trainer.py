@@ -366,6 +366,26 @@ def test_the_loss_falls_and_everything_is_logged(run_of) -> None:
     assert (Path(settings.output) / "recipe.yaml").is_file()
 
 
+def test_the_only_step_of_a_run_has_a_rate(run_of) -> None:
+    """A share of the steps is warm-up, rounded up: one step was one of warm-up, at rate 0."""
+    for steps, wanted in ((1, [1.0]), (3, [1.0, 0.75, 0.25]), (34, [0.0, 0.5])):
+        trainer, _ = trainer_of(run_of(training={"max_steps": steps, "warmup_steps": 0.03}))
+        trainer.create_optimizer()
+        schedule = trainer.create_scheduler(steps)
+        shares = []
+        for _ in range(len(wanted)):
+            shares.append(schedule.get_last_lr()[0] / schedule.base_lrs[0])
+            trainer.optimizer.step()
+            schedule.step()
+        assert shares == pytest.approx(wanted)
+
+
+def test_a_schedule_that_cannot_be_made_is_named(run_of) -> None:
+    trainer, _ = trainer_of(run_of(training={"lr_scheduler_kwargs": {"a": 1}}))
+    with pytest.raises(UsageError, match=r"lr_scheduler_kwargs=\{'a': 1\}: .*'a'"):
+        trainer.train()
+
+
 def test_meters_add_up_and_begin_anew() -> None:
     meters = Meters()
     meters.add(info())
