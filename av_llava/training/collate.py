@@ -92,7 +92,7 @@ def counts_of(prepared: Prepared) -> tuple[tuple[int, ...], dict[str, int]]:
 
 
 def as_is(batch: T) -> T:
-    """For ``DataLoader(collate_fn=…)``: the data set has made the batch already."""
+    """For ``DataLoader(collate_fn=…)``: the data set has made the batch, or failed, already."""
     return batch
 
 
