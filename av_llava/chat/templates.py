@@ -194,6 +194,15 @@ def check_no_placeholder(turn: Message) -> None:
             )
 
 
+def check_turns(messages: Sequence[Message]) -> None:
+    """Raise for turns that no :class:`Template` renders; a tokenizer's own may take them.
+
+    Raises:
+        UsageError: roles out of order, or a medium in the system message.
+    """
+    _check_order(_split_system(messages, "")[1], add_generation_prompt=False)
+
+
 def _split_system(messages: Sequence[Message], default: str) -> tuple[str, list[Message]]:
     """Return the system text and the other turns."""
     if not messages or messages[0].role != "system":

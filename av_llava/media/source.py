@@ -69,7 +69,7 @@ def is_remote(source: Source) -> bool:
     """Return whether the source is an HTTP(S) address, or was fetched from one."""
     if isinstance(source, LocalFile):
         return source.remote
-    return _scheme(source) in ("http", "https")
+    return address_scheme(source) in ("http", "https")
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def local_file(source: Source, limits: Limits) -> Iterator[LocalFile]:
             download(str(source), copy, limits)
             yield checked(LocalFile(copy, name), limits)
     elif isinstance(source, (str, os.PathLike)):
-        yield checked(LocalFile(_local_path(source), name), limits)
+        yield checked(LocalFile(local_path(source), name), limits)
     else:
         with _temporary("") as copy:
             _spool(source, copy, name, limits)
@@ -149,13 +149,19 @@ def playlist_kind(head: bytes) -> str | None:
     return "DASH" if text.startswith(b"<") and b"<mpd" in text else None
 
 
-def _scheme(source: Source) -> str | None:
+def address_scheme(source: Source) -> str | None:
+    """Return the protocol of an address (``file``, ``https``), or None for what is no address."""
     match = _ADDRESS.match(source) if isinstance(source, str) else None
     return match[1].lower() if match else None
 
 
-def _local_path(source: str | os.PathLike[str]) -> Path:
-    scheme = _scheme(os.fspath(source))
+def local_path(source: str | os.PathLike[str]) -> Path:
+    """Return the absolute path that a path or a ``file://`` address names.
+
+    Raises:
+        MediaError: another protocol, or another host.
+    """
+    scheme = address_scheme(os.fspath(source))
     if scheme is None:
         return Path(os.path.abspath(os.path.expanduser(os.fspath(source))))
     if scheme != "file":

@@ -26,13 +26,6 @@ def check_rows(measurer: Measurer, index: LengthIndex) -> None:
     store = measurer.store
     for row in sorted(index.errors):
         sample = store[row]  # raises for a row that is malformed
-        flags = iter(sample.train_turns or ())
-        answers = [m for m in sample.messages if m.role == "assistant"]
-        if not any(next(flags, True) and m.parts for m in answers):
-            raise DataError(
-                f"{store.where(row)}: nothing of the sample {sample.id!r} is learned: it has no "
-                f"answer of the assistant that is. Give it one, or leave it out."
-            )
         try:
             measurer.length(sample)
         except (MediaError, BudgetError, OSError):
@@ -45,9 +38,12 @@ def check_modalities(table: PartsTable, index: LengthIndex) -> None:
     """Refuse to train an encoder or projector on data that never uses it.
 
     Raises:
-        DataError: nothing in the data would train a part.
+        DataError: nothing in the data would train a part, or no sample can be used at all.
     """
-    seen = int(_or(index.modality[index.usable]))
+    usable = index.usable
+    if len(index) and not usable.any():
+        raise DataError(f"None of the {len(index)} samples can be used. {_look(index, usable)}")
+    seen = int(_or(index.modality[usable]))
     wanted = {
         "vision_tower": MODALITY_BITS["image"] | MODALITY_BITS["video"],
         "mm_projector": MODALITY_BITS["image"] | MODALITY_BITS["video"],
@@ -57,10 +53,25 @@ def check_modalities(table: PartsTable, index: LengthIndex) -> None:
     for name, bits in wanted.items():
         if table.of(name).n_trained and not seen & bits:
             what = "sound" if bits == MODALITY_BITS["audio"] else "pictures or videos"
+            declared = usable | (index.modality & bits == 0)
+            if not declared.all():
+                raise DataError(
+                    f"{int((~declared).sum())} of the {len(index)} samples cannot be used, and no "
+                    f"other has {what}, which trainable.{name} needs. {_look(index, declared)}"
+                )
             raise DataError(
                 f"trainable.{name} trains, but none of the {len(index)} samples has {what} that "
                 f"is used. Freeze it (trainable.{name}=freeze), or add such samples."
             )
+
+
+def _look(index: LengthIndex, fine: Any) -> str:
+    """The first reason among the rows that are not fine, and where to look."""
+    first = int((~fine).argmax())
+    return (
+        f"The first: {index.errors[first]} Look at the paths of the data and at data.media_root; "
+        "av-llava data validate --decode names every such row."
+    )
 
 
 def _or(codes: Any) -> int:

@@ -20,6 +20,7 @@ from av_llava.training.byte_file import ByteFile
 from av_llava.training.media_roots import MediaRoots
 from av_llava.training.offsets import RowTable, scan
 from av_llava.training.readers import Reading, RowContext, detect, reader_named, renamed
+from av_llava.training.readers.common import once
 from av_llava.training.samples import Sample
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,9 @@ class FileStore:
         """
         data = self._bytes(range(len(self))[index])
         try:
-            row = json.loads(data)
+            row = json.loads(data, object_pairs_hook=once)
+        except DataError:  # a key that stands twice; it is a ValueError, too
+            raise
         except UnicodeDecodeError as error:
             raise DataError(f"not UTF-8 text ({error.reason} at byte {error.start})") from error
         except json.JSONDecodeError as error:

@@ -247,6 +247,7 @@ class Measurer:
         Raises:
             AVLlavaError: it cannot be used.
         """
+        sample.check_learned()
         builder = BatchBuilder(
             self.processor, MediaPlanner(self.processor.config), self.options, decode=False
         )

@@ -1,7 +1,8 @@
 """Where the media of a data set lie: relative names become paths.
 
-Contract: addresses, absolute paths and data that is no path stay as they are. Nothing is opened;
-only names without an extension (VideoInstruct's) are looked for on the disk.
+Contract: HTTP addresses, absolute paths and data that is no path stay as they are; a ``file://``
+address becomes the path that it names. Nothing is opened; only names without an extension
+(VideoInstruct's) are looked for on the disk.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from av_llava.chat import MediaPart
+from av_llava.errors import DataError, MediaError
 from av_llava.media import is_remote
+from av_llava.media.source import address_scheme, local_path
 from av_llava.training.samples import sound_file
 
 EXTENSIONS: tuple[str, ...] = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".m4v", ".flv")
@@ -34,9 +37,18 @@ class MediaRoots:
         return own.get(kind) or self.root
 
     def path(self, kind: str, source: Any) -> Any:
-        """A source with its folder in front, if it is a relative name."""
+        """A source with its folder in front, if it is a relative name.
+
+        Raises:
+            DataError: an address that is neither of this machine nor HTTP.
+        """
         if not isinstance(source, str) or is_remote(source):
             return source
+        if address_scheme(source) is not None:
+            try:
+                return str(local_path(source))
+            except MediaError as error:
+                raise DataError(str(error)) from error
         return str(self.folder(kind) / Path(source).expanduser())
 
     def part(self, part: MediaPart) -> MediaPart:

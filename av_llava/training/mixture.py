@@ -22,6 +22,7 @@ import yaml
 from av_llava.chat.parts import is_number
 from av_llava.errors import DataError, unknown_name
 from av_llava.training.media_roots import MediaRoots
+from av_llava.training.recipe import parse_value
 from av_llava.training.store import (
     DATASET_INFO,
     MIXTURE_SUFFIXES,
@@ -52,7 +53,8 @@ class Entry:
     audio_root: str | None = None
     """Folder of the sounds, where it is another one."""
     sampling_strategy: str = "all"
-    """Which rows: ``all``, ``first:N``, ``end:N`` or ``random:N``; N may be a share, ``10%``."""
+    """Which rows: ``all``, ``first:N``, ``end:N`` or ``random:N``; N may be a share, ``10%``, up
+    to 100%."""
     repeat: float = 1.0
     """How often each row occurs in an epoch; 1.5 is once, and a second time for half of them."""
     weight: float = 1.0
@@ -182,7 +184,9 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], list[int]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
         node = yaml.compose(text, yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        if isinstance(node, yaml.MappingNode):
+            _check_twice(file, node)
+        data = parse_value(text)  # as recipes are read: 1e3 is a number, on is a word
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
@@ -194,7 +198,6 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], list[int]]:
         )
     if not data["datasets"]:
         raise DataError(f"{file} lists no files under 'datasets'.")
-    _check_twice(file, node)
     assert isinstance(node, yaml.MappingNode)  # data is a dict
     listed = next(v for k, v in node.value if k.value == "datasets")
     return data, [item.start_mark.line + 1 for item in listed.value]
@@ -234,7 +237,7 @@ def _entry(where: str, data: Any, shared: Mapping[str, Any]) -> Entry:
     if not isinstance(entry.sampling_strategy, str) or not _is_strategy(entry.sampling_strategy):
         raise DataError(
             f"{where}: sampling_strategy must be all, first:N, end:N or random:N, where N is a "
-            f"whole number or a share such as 10%, not {entry.sampling_strategy!r}."
+            f"whole number or a share such as 10%, at most 100%, not {entry.sampling_strategy!r}."
         )
     for name in ("columns", "tags"):
         _check_names(where, name, getattr(entry, name))
@@ -246,7 +249,9 @@ def _is_strategy(text: str) -> bool:
     match = STRATEGY.fullmatch(text)
     if match is None:
         return False
-    return match[1] is not None or bool(match[4]) or "." not in match[3]
+    if match[4]:
+        return float(match[3]) <= 100
+    return match[1] is not None or "." not in match[3]
 
 
 def _check_names(where: str, name: str, value: Any) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from av_llava.chat import MediaPart, TextPart
-from av_llava.errors import AVLlavaError, DataError
+from av_llava.chat import MediaPart
+from av_llava.chat.templates import check_turns
+from av_llava.errors import AVLlavaError, DataError, UsageError
 from av_llava.media import (
     DEFAULT_LIMITS,
     Limits,
@@ -30,6 +31,7 @@ from av_llava.media import (
     read_frames,
     read_image,
 )
+from av_llava.media.source import describe
 from av_llava.settings import SamplingSettings
 from av_llava.training.readers.common import PlaceholderError
 from av_llava.training.samples import Sample, sound_file
@@ -49,6 +51,7 @@ PROBLEMS: dict[str, str] = {
 WARNINGS: dict[str, str] = {
     "duplicate id": "an id that an earlier row has",
     "unknown key": "a key that no reader uses; it is kept in meta",
+    "turn order": "turns that only a template of the tokenizer's own (jinja) may take",
     "preference turns": "answers of preference data, which are not learned",
     "cleaned text": "text that was taken out, since it is known to be noise",
 }
@@ -163,9 +166,12 @@ class _Checker:
         """Whether a row that could be read can be used."""
         problems = self.result.problems
         before = problems.total()
-        if not _learns(sample):
-            self._find(problems, "no answer", row, "nothing of the conversation would be learned")
-        self.result.n_media += len(sample.paths)
+        try:
+            sample.check_learned()
+        except DataError as error:
+            self._find(problems, "no answer", row, str(error))
+        self._check_order(row, sample)
+        self.result.n_media += len(sample.paths) + _n_inline(sample)
         gone = [p for p in sample.paths if not is_remote(p) and not self._exists(p)]
         for path in gone:
             self._find(problems, "missing media", row, f"there is no file {path}")
@@ -175,6 +181,14 @@ class _Checker:
                 if reason is not None and part.source not in gone:
                     self._find(problems, "unreadable media", row, reason)
         return problems.total() == before
+
+    def _check_order(self, row: int, sample: Sample) -> None:
+        """Name turns that every template of ours refuses; which one trains is not known here."""
+        try:
+            check_turns(sample.messages)
+        except UsageError as error:
+            text = f"{error} Training refuses it, unless the template is the tokenizer's (jinja)."
+            self._find(self.result.warnings, "turn order", row, text)
 
     def _try(self, samples: Iterable[Sample | None], pool: ThreadPoolExecutor) -> None:
         """Decode a little of every file that was not tried yet."""
@@ -229,9 +243,9 @@ def try_medium(part: MediaPart, limits: Limits = DEFAULT_LIMITS) -> str | None:
         elif part.kind == "audio":
             _try_sound(part.source, part, limits, strict=True)
     except (AVLlavaError, OSError) as error:
-        names = [name for name in (part.source, sound_file(part)) if isinstance(name, str)]
+        names = [describe(source) for source in (part.source, sound_file(part)) if source]
         named = any(name in str(error) for name in names)
-        return str(error) if named else f"{part.source}: {error}"
+        return str(error) if named else f"{names[0]}: {error}"
     return None
 
 
@@ -248,10 +262,16 @@ def _try_sound(source: Any, part: MediaPart, limits: Limits, strict: bool) -> No
 
 
 def _single(sample: Sample) -> Iterator[MediaPart]:
-    """The media of a sample that lie in files of this machine."""
+    """The media of a sample that lie in files of this machine, or in the row itself."""
     for part in sample.media:
-        if isinstance(part.source, str) and not is_remote(part.source):
+        if isinstance(part.source, (str, bytes)) and not is_remote(part.source):
             yield part
+
+
+def _n_inline(sample: Sample) -> int:
+    """How many media stand in the row itself, as data URLs or base64."""
+    named = [source for part in sample.media for source in (part.source, sound_file(part))]
+    return sum(isinstance(source, bytes) for source in named)
 
 
 def _key(part: MediaPart) -> int:
@@ -262,13 +282,3 @@ def _hashed(text: str) -> int:
     """64 bits of a text, never 0."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1
-
-
-def _learns(sample: Sample) -> bool:
-    """Whether any text of an answer is learned."""
-    answers = [m for m in sample.messages if m.role == "assistant"]
-    flags = sample.train_turns or (True,) * len(answers)
-    return any(
-        flag and any(isinstance(p, TextPart) and p.text.strip() for p in answer.parts)
-        for flag, answer in zip(flags, answers, strict=True)
-    )

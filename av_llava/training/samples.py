@@ -75,6 +75,24 @@ class Sample:
         heard = any(part.audio not in (None, "off", "auto") for part in self.media)
         return frozenset(kinds | {"audio"} if heard else kinds)
 
+    def check_learned(self) -> None:
+        """Refuse a conversation of which nothing would be learned.
+
+        An answer without text would teach the end token alone: to say nothing.
+
+        Raises:
+            DataError: no answer that is learned has text.
+        """
+        answers = [m for m in self.messages if m.role == "assistant"]
+        flags = self.train_turns or (True,) * len(answers)
+        for flag, answer in zip(flags, answers, strict=True):
+            if flag and any(isinstance(p, TextPart) and p.text.strip() for p in answer.parts):
+                return
+        raise DataError(
+            "nothing of the conversation would be learned: it has no answer of the assistant that "
+            "is learned and has text. Give it one, or leave it out."
+        )
+
     @property
     def paths(self) -> tuple[str, ...]:
         """Every file and address that the sample names, sound files of videos included."""

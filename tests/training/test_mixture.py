@@ -145,6 +145,12 @@ datasets:
     assert [s.weight for s in store] == [0.5, 0.5, 1.0]
 
 
+def test_numbers_and_words_are_read_as_in_recipes(folder):
+    text = "datasets: [{path: b.json, repeat: 1e1, weight: 5e-1, columns: {on: off}}]"
+    store = mixture(folder, text)
+    assert len(store) == 40 and store[0].weight == 0.5
+
+
 def test_mixtures_of_mixtures(folder):
     (folder / "inner.yaml").write_text("datasets: [{path: b.json}]")
     text = "datasets: [{path: inner.yaml, repeat: 2, weight: 0.5}, {path: a.json}]"
@@ -184,6 +190,8 @@ def test_one_of_a_dataset_info(folder):
         ("datasets:\n  - {path: a.json, root: none}", "line 2: The folder .*none .root. does not exist"),
         ("datasets:\n  - {path: a.json, sampling_strategy: half}", "line 2: sampling_strategy must be"),
         ("datasets:\n  - {path: a.json, sampling_strategy: first:1.5}", "line 2: sampling_strategy must"),
+        ("datasets:\n  - {path: a.json, sampling_strategy: random:150%}", "line 2: .*100%.*'random:150%'"),
+        ("datasets:\n  - {path: a.json, sampling_strategy: first:100.1%}", "line 2: .*100%.*'first:100.1%'"),
         ("datasets:\n  - {path: a.json, sampling_strategy: 3}", "line 2: sampling_strategy must be"),
         ("datasets:\n  - {path: a.json, sampling_strategy: first:0}", "line 2: 'first:0' leaves none of the 10"),
         (f"datasets:\n  - {{path: a.json, weight: 1{'0' * 400}}}", "'weight' must be a number above 0"),

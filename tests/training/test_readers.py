@@ -233,6 +233,22 @@ def test_roots_of_media(tmp_path):
     )
 
 
+def test_a_file_address_is_the_file_that_it_names(tmp_path):
+    film, sound = tmp_path / "a b.mp4", tmp_path / "s.wav"
+    row = {"video": film.as_uri(), "audio": f"file://localhost{sound}", "conversations": PAIR}
+    found = read(row, roots=MediaRoots(tmp_path / "elsewhere")).sample
+    assert found.paths == (str(film), str(sound))
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [("s3://bucket/a.mp4", "protocol 's3'"), ("file://there/a.mp4", "names the host 'there'")],
+)
+def test_an_address_that_nobody_reads(address, says):
+    with pytest.raises(DataError, match=says):
+        read({"video": address, "conversations": PAIR})
+
+
 def test_video_instruct_looks_for_the_extension(tmp_path):
     (tmp_path / "v_1.mkv").touch()
     (tmp_path / "v_2").mkdir()

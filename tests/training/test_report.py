@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 
@@ -9,6 +10,8 @@ import pytest
 from clips import make_clip
 from PIL import Image
 
+from av_llava.chat import TEMPLATES
+from av_llava.errors import UsageError
 from av_llava.training import report
 from av_llava.training.report import PROBLEMS, WARNINGS, validate
 from av_llava.training.store import ChosenStore, open_store
@@ -56,6 +59,8 @@ BAD = [
     (row(video="none.mp4"), "missing media"),
     (row(video="film.mp4", audio="none.wav"), "missing media"),
     (row(id="a"), "duplicate id"),
+    ({"conversations": [row()["conversations"][0], *row()["conversations"]]}, "turn order"),
+    ({"conversations": [row()["conversations"][1], *row()["conversations"]]}, "turn order"),
     (row(vdeo="film.mp4"), "unknown key"),
     ({"q": "x QA_GT_caption_based_noisy", "a": "y", "video_id": "film"}, "cleaned text"),
     ({"conversations": [*row()["conversations"], {"from": "reject_gpt", "value": "x"}]}, "preference turns"),
@@ -138,3 +143,39 @@ def test_rows_that_a_mixture_repeats_are_no_duplicates(folder):
     store = write(folder, [row(id="a"), row(id="b"), row(id="a")])
     assert not validate(ChosenStore(store, [0, 1, 0, 1])).warnings
     assert validate(ChosenStore(store, [0, 2, 0])).warnings == {"duplicate id": 1}
+
+
+def test_the_order_of_turns_is_said_as_templates_say_it(folder):
+    twice = {"conversations": [row()["conversations"][0], *row()["conversations"]]}
+    store = write(folder, [twice])
+    (finding,) = validate(store).findings
+    with pytest.raises(UsageError) as refused:
+        TEMPLATES["plain"].render(store[0].messages)
+    assert finding.text.startswith(str(refused.value)) and "jinja" in finding.text
+
+
+def test_media_that_stand_in_the_row_itself(folder):
+    picture = base64.b64encode((folder / "picture.png").read_bytes()).decode()
+    good = row("<image>", image=f"data:image/png;base64,{picture}")
+    store = write(folder, [good, row("<video>", video="data:video/mp4;base64,AAAA")])
+    found = validate(store)
+    assert (found.n_media, found.n_bad) == (2, 0)
+    found = validate(store, decode=True)
+    assert (found.n_media, found.n_decoded, found.n_bad) == (2, 2, 1)
+    (finding,) = found.findings
+    assert finding.kind == "unreadable media" and finding.where == store.where(1)
+    assert "<3 bytes>" in finding.text and "b'" not in finding.text
+
+
+def test_a_file_address_is_looked_for_and_decoded(folder):
+    rows = [row(video=(folder / name).as_uri()) for name in ("film.mp4", "none.mp4", "text.mp4")]
+    found = validate(write(folder, rows), decode=True)
+    assert found.problems == {"missing media": 1, "unreadable media": 1} and found.n_decoded == 3
+
+
+def test_a_key_that_stands_twice(folder):
+    text = json.dumps(row(video="film.mp4"))
+    found = validate(write(folder, [text[:-1] + ', "video": "mute.mp4"}']))
+    (finding,) = found.findings
+    assert finding.kind == "malformed row"
+    assert finding.text == "the key 'video' stands twice in one object; leave one out."

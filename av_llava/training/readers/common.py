@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -281,6 +282,20 @@ class Draft:
             if isinstance(turn["content"], str) and NOISE in turn["content"]:
                 turn["content"] = turn["content"].replace(NOISE, "")
                 self.notes.append(Note("cleaned text", f"{NOISE!r} was taken out of a text"))
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a row; json would take the last of two values and say nothing.
+
+    Raises:
+        DataError: a key stands twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counted = Counter(key for key, _ in pairs)
+        twice = counted.most_common(1)[0][0]
+        raise DataError(f"the key {_shown(twice)} stands twice in one object; leave one out.")
+    return found
 
 
 @functools.lru_cache(maxsize=256)

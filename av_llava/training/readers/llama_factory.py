@@ -22,6 +22,7 @@ from av_llava.training.readers.common import (
     Reading,
     Row,
     RowContext,
+    once,
 )
 
 _PLURAL = ("images", "videos", "audios")
@@ -124,7 +125,9 @@ def read_dataset_info(file: Path) -> list[InfoEntry]:
         DataError: an entry that names no local file, ranks answers, or has unknown keys.
     """
     try:
-        data = json.loads(file.read_text(encoding="utf-8-sig"))
+        data = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as JSON: {error}.") from error
     if not isinstance(data, dict) or not all(isinstance(e, dict) for e in data.values()):
