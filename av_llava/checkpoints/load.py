@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -107,6 +108,7 @@ def load_checkpoint(
     attn_implementation: str | None = None,
     overwrite_config: Mapping[str, Any] | None = None,
     quantize: str | None = None,
+    float32: Collection[str] = (),
 ) -> Loaded:
     """Load a full checkpoint.
 
@@ -118,6 +120,7 @@ def load_checkpoint(
         attn_implementation: sdpa (default), eager, flash_attention_2.
         overwrite_config: values to change in the folder's config before it is read.
         quantize: 4bit, 8bit or int8; see :mod:`av_llava.checkpoints.quantize`.
+        float32: names in memory of modules that are read in float32 whatever ``dtype`` is.
 
     Raises:
         CheckpointError: the folder cannot be loaded completely.
@@ -144,7 +147,9 @@ def load_checkpoint(
     plan = plan_weights(
         folder, quantize, dtype=dtype, own_dtype=stored, device=target, device_map=device_map
     )
-    model, report = materialise(folder, config, plan, attn_implementation=attn_implementation)
+    model, report = materialise(
+        folder, config, plan, attn_implementation=attn_implementation, float32=float32
+    )
     missing = set(report["missing_keys"])
     if tower is not None and not holds_vision_tower(folder):
         missing -= fill_vision_tower(model, tower)
@@ -162,8 +167,14 @@ def materialise(
     plan: WeightsPlan,
     *,
     attn_implementation: str | None = None,
+    float32: Collection[str] = (),
 ) -> tuple[AVLlavaForConditionalGeneration, dict[str, Any]]:
     """Make the model and read a folder's weights into it.
+
+    Args:
+        folder, config, plan: what is read, and how.
+        attn_implementation: as for :func:`load_checkpoint`.
+        float32: likewise; also what the folder lacks is made so.
 
     Returns:
         The model, and transformers' report of missing, unexpected and mismatched keys.
@@ -173,7 +184,7 @@ def materialise(
     # For weights on disk that cannot be read from the checkpoint's own files, such as .bin.
     offload = TemporaryDirectory(prefix="av-llava-") if device_map is not None else None
     try:
-        with quiet_loading():
+        with quiet_loading(), _read_in_float32(float32):
             model, report = AVLlavaForConditionalGeneration.from_pretrained(
                 folder.path,
                 config=config,
@@ -199,7 +210,23 @@ def materialise(
         check_tied_offload(model)
     if plan.scheme is not None:
         report["mismatched_keys"] = [*report["mismatched_keys"], *settle(model, plan)]
+    prefixes = tuple(f"{name}." for name in float32)
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefixes):  # transformers makes what the folder lacks in plan.dtype
+            parameter.data = parameter.data.float()
     return model, report
+
+
+@contextmanager
+def _read_in_float32(modules: Collection[str]) -> Iterator[None]:
+    """Name the modules that transformers does not round; it asks the class for them."""
+    kind = AVLlavaForConditionalGeneration
+    before = kind._keep_in_fp32_modules_strict
+    kind._keep_in_fp32_modules_strict = {*(before or ()), *modules}
+    try:
+        yield
+    finally:
+        kind._keep_in_fp32_modules_strict = before
 
 
 def fill_vision_tower(model: AVLlavaForConditionalGeneration, tower: Tower) -> set[str]:

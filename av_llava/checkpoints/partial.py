@@ -9,7 +9,7 @@ before a LoRA is attached. What LLaVA splits over ``mm_projector``, ``non_lora_t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,14 +200,15 @@ def load_partial(
     overwrite_config: Mapping[str, Any] | None = None,
     quantize: str | None = None,
     merge: bool | None = None,
+    float32: Collection[str] = (),
 ) -> Loaded:
     """Load a folder that stands on a base.
 
     Args:
         path: the folder with the parts.
         base: its base; None takes what the folder names.
-        device, dtype, device_map, attn_implementation, overwrite_config, quantize: as for full
-            checkpoints.
+        device, dtype, device_map, attn_implementation, overwrite_config, quantize, float32: as for
+            full checkpoints.
         merge: add a LoRA to the weights (faster, and rounded as they are), or keep it apart (bit
             for bit what was trained). None keeps that of our own adapters apart, and all on
             quantised weights, and merges LLaVA's, as LLaVA does.
@@ -234,7 +235,9 @@ def load_partial(
             f"A LoRA cannot be merged into weights in {plan.scheme}, which would round it away: "
             f"leave merge out, or merge it in full precision first (av-llava convert merge-lora)."
         )
-    model, report = materialise(opened.base, config, plan, attn_implementation=attn_implementation)
+    model, report = materialise(
+        opened.base, config, plan, attn_implementation=attn_implementation, float32=float32
+    )
     whole = folder.read_stored()
     grow(model, opened.rows, opened.fresh)
     filled = _fill_towers(model, opened) | apply_weights(model, whole, folder.path)

@@ -80,6 +80,11 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
         )
     if not torch.accelerator.is_available():
         given.setdefault("use_cpu", True)  # else bf16 is refused
+    if given.get("fp16") and (given.get("use_cpu") or not torch.accelerator.is_available()):
+        raise UsageError(
+            "training.fp16 needs a GPU, and this run is on the CPU: set training.bf16=true, which "
+            "works there, or leave both out."
+        )
     values = {**DEFAULTS, **given, **FIXED}
     values |= {
         "output_dir": str(output),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from typing import IO
 
 import numpy as np
 
-from av_llava.errors import DataError
+from av_llava.errors import DataError, UsageError
 from av_llava.settings import Settings, check_choice, check_range
 from av_llava.training.choices import hashed
 
@@ -143,10 +144,42 @@ class Quarantine:
         self._read_to = 0
 
     def add(self, media: Sequence[BadMedium]) -> int:
-        """List what is not listed yet; return how many that are."""
+        """List what is not listed yet; return how many that are.
+
+        Raises:
+            UsageError: the file cannot be written.
+            DataError: it is no such list.
+        """
         if not media:
             return 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return self._append(media)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def check(self) -> None:
+        """Make the file's folder, and try to write there; no file is left.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                open(self.path, "ab").close()
+            else:
+                tempfile.TemporaryFile(dir=self.path.parent).close()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UsageError:
+        return UsageError(
+            f"The list of bad media {self.path} cannot be written ({error.strerror}): name another "
+            f"file with data.bad_media.quarantine=..., or make room for it."
+        )
+
+    def _append(self, media: Sequence[BadMedium]) -> int:
         with open(self.path, "a+b") as file, _locked(file):
             self._catch_up(file)
             new = {m.file: m for m in reversed(media) if m.file not in self._known}
@@ -192,11 +225,16 @@ class BadMediaWatch:
         settings: how many are too many.
         alone: judge each batch; else someone calls :meth:`judge` with the sums of all ranks, so
             that they end together.
+
+    Raises:
+        UsageError: the file that lists them cannot be written.
     """
 
     def __init__(self, settings: BadMediaSettings, alone: bool = True) -> None:
         self.settings, self.alone = settings, alone
         self.quarantine = None if settings.quarantine is None else Quarantine(settings.quarantine)
+        if self.quarantine is not None:
+            self.quarantine.check()
         self.n_samples = 0
         self.n_bad = 0
         self.last: BadMedium | None = None

@@ -33,7 +33,6 @@ _ONE_STEP = {
     "gradient_accumulation_steps": 1,
     "save_strategy": "no",
     "load_best_model_at_end": False,
-    "push_to_hub": False,
     "logging_steps": 1,
     "report_to": [],
 }

@@ -2,10 +2,10 @@
 
 Contract: ``__getitems__`` makes one batch that is ready for ``model.forward`` (use
 ``collate_fn=as_is``, and :func:`av_llava.training.workers.batches_of` over a loader with workers,
-which give their errors in place of batches). What it gives is a function of (seed, epoch, indices) and the files. Media
-are decoded in a process that can be killed, under the time limit of ``options.limits``. An answer
-is never cut: a sample longer than ``max_length`` is an error, or loses frames. Nothing grows from
-batch to batch, and everything pickles, so that workers may be spawned.
+which give their errors in place of batches). What it gives is a function of (seed, epoch, indices)
+and the files. Media are decoded in a process that can be killed, under the time limit of
+``options.limits``. An answer is never cut: a sample longer than ``max_length`` is an error or loses
+frames. Nothing grows from batch to batch, and everything pickles, so that workers may be spawned.
 """
 
 from __future__ import annotations

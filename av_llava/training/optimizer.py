@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from av_llava.errors import UsageError
 from av_llava.training.parts import PartsTable, part_of
 
 _NEVER_DECAYS = ("media_tokens", "audio_token_rows")
@@ -44,10 +45,30 @@ def parameter_groups(model: nn.Module, table: PartsTable) -> list[dict[str, Any]
 def build_optimizer(
     model: nn.Module, table: PartsTable, args: TrainingArguments
 ) -> torch.optim.Optimizer:
-    """Make the optimiser of the training arguments over the parts' groups."""
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+    """Make the optimiser of the training arguments over the parts' groups.
+
+    Raises:
+        UsageError: its package is not installed, or it does not take its options.
+    """
+    name = getattr(args.optim, "value", args.optim)
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+    except (ImportError, ValueError) as error:
+        raise _refused(name, args.optim_args, error) from error
     options = {k: v for k, v in options.items() if k not in ("params", "model", "optimizer_dict")}
     groups = parameter_groups(model, table)
     # Schedules that end at a rate of their own (min_lr, lr_end) reckon from the optimiser's.
     options["lr"] = max(group["lr"] for group in groups)
-    return kind(groups, **options)
+    try:
+        return kind(groups, **options)
+    except (ImportError, ValueError, TypeError) as error:
+        raise _refused(name, args.optim_args, error) from error
+
+
+def _refused(name: str, given: str | None, error: Exception) -> UsageError:
+    said = " ".join(str(error).split()).rstrip(".")
+    options = f" with training.optim_args={given!r}" if given else ""
+    return UsageError(
+        f"The optimiser training.optim={name}{options} cannot be made: {said}. Install what it "
+        f"needs, or choose another one, such as adamw_torch."
+    )

@@ -26,6 +26,8 @@ from av_llava.checkpoints.model_state import unwrapped
 from av_llava.checkpoints.quantize import quantized_layers
 from av_llava.errors import UsageError, unknown_name
 from av_llava.modeling import AVLlavaForConditionalGeneration
+from av_llava.training.carried_lora import check_carried
+from av_llava.training.precision import shrink_embedding
 from av_llava.training.settings import ENCODERS, PARTS, LoraSettings, TrainableSettings
 from av_llava.training.token_rows import make_lean
 
@@ -136,6 +138,7 @@ def apply_trainable(
     _attach(inner, trainable, lora or LoraSettings())
     for name, parameter in _declared(inner, trainable, modules):
         _train(name, parameter)
+    shrink_embedding(inner)
     for name in PARTS:
         if not getattr(trainable, name).is_trained and modules.get(name) is not None:
             _keep_still(modules[name], recomputes=name not in ENCODERS)
@@ -231,6 +234,8 @@ def _attach(
             "The model carries a LoRA that trainable.language_model would leave untrained: set it "
             "to lora, or model.merge=true to add it to the weights first."
         )
+    if carries:
+        check_carried(model, lora)
     ids = _row_ids(model, trainable)
     wants_lora = mode == "lora" and not carries
     if carries and ids:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
+from av_llava.checkpoints.partial import load_any
 from av_llava.errors import UsageError
-from av_llava.inference import AVLlava, add_audio, load
+from av_llava.inference import AVLlava, add_audio
 from av_llava.media_inputs import MediaOptions
 from av_llava.processor import AVLlavaProcessor
 from av_llava.training.batching import TokenBudgetBatchSampler
@@ -34,6 +35,7 @@ from av_llava.training.index_file import beside, is_for
 from av_llava.training.modality_dropout import ModalityDropout, plan_dropout
 from av_llava.training.packing import check_packing
 from av_llava.training.parts import PartsTable, apply_trainable
+from av_llava.training.precision import modules_to_train
 from av_llava.training.run_folder import LENGTHS, RunFolder
 from av_llava.training.settings import TrainSettings
 from av_llava.training.starting_point import starting_digest
@@ -89,6 +91,12 @@ def prepare(
     data = settings.data
     store = _opened(settings, args, data.train or "")
     evaluates = str(settings.training.get("eval_strategy", "no")) != "no" and data.eval
+    if data.eval and not evaluates and args.process_index == 0:
+        logger.warning(
+            "data.eval=%s is given, but nothing is evaluated: set training.eval_strategy (epoch or "
+            "steps) as well.",
+            data.eval,
+        )
     held_out = _opened(settings, args, data.eval or "") if evaluates else None
     model = load_model(settings, args)
     start = starting_digest(model)
@@ -239,16 +247,21 @@ def load_model(settings: TrainSettings, args: TrainingArguments) -> AVLlava:
     merge = chosen.merge
     if merge is None and chosen.quantize is None:
         merge = mode != "lora"
-    model = load(
+    assert chosen.path is not None
+    loaded = load_any(
         chosen.path,
+        chosen.base,
         device="cpu" if sharded else args.device,
         dtype=dtype,
-        base=chosen.base,
         attn_implementation=chosen.attn_implementation,
         overwrite_config=chosen.config or None,
         quantize=chosen.quantize,
         merge=merge,
+        # Master weights that were rounded once would stay so.
+        float32=modules_to_train(settings.trainable) if dtype == "bfloat16" else (),
     )
+    processor = AVLlavaProcessor(loaded.tokenizer, loaded.model.config)
+    model = AVLlava(loaded.model, processor, chosen.path)
     if chosen.add_audio is not None:
         given = dict(chosen.add_audio)
         add_audio(model, given["tower"], given.get("projector"), seed=settings.seed)

@@ -54,6 +54,23 @@ UNSUPPORTED: dict[str, str] = {
     "dataloader_in_order": "batches come in the order of the plan",
     "accelerator_config": "batches are spread over processes by their plan",
     "length_column_name": "lengths are measured",
+    "use_liger_kernel": "its kernels know other models by name and would leave this one alone",
+    "liger_kernel_config": "its kernels know other models by name and would leave this one alone",
+    "do_train": "av-llava train always trains",
+    "do_eval": "training.eval_strategy says when it evaluates",
+    "do_predict": "av-llava eval runs benchmarks on the folder final",
+    **dict.fromkeys(
+        (
+            "push_to_hub",
+            "hub_token",
+            "hub_private_repo",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        "nothing is uploaded in training, so upload the folder final afterwards",
+    ),
 }
 """Fields that would do nothing here, or harm, and why."""
 

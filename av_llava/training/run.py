@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainingArguments
 import av_llava
 from av_llava.checkpoints.staging import new_folder
 from av_llava.errors import (
+    AVLlavaError,
     BudgetError,
     CheckpointError,
     DataError,
@@ -39,12 +40,13 @@ from av_llava.training.callbacks import FsdpEntryPoints, Progress, RunLog, Say
 from av_llava.training.collate import BatchInfo
 from av_llava.training.estimate import advice
 from av_llava.training.evaluation import Evaluation
+from av_llava.training.full_disk import full_disk_named
 from av_llava.training.prepare import Hooks, Prepared, first_alone, prepare
 from av_llava.training.preview import CLOSE, OPEN, preview
 from av_llava.training.run_folder import QUARANTINE, RECIPE, RunFolder
 from av_llava.training.settings import TrainSettings
 from av_llava.training.termination import Termination
-from av_llava.training.trainer import AVTrainer, full_disk_named
+from av_llava.training.trainer import AVTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,9 @@ def train(settings: TrainSettings, *, resume: bool = False, hooks: Hooks | None 
             folder.claim(resume)
     try:
         return _train(settings, args, folder, resume, hooks if main else Hooks())
+    except BaseException as error:
+        folder.note_failure(error)  # of the process that holds the folder
+        raise
     finally:
         folder.release()
 
@@ -266,7 +271,11 @@ def _version(package: str) -> str | None:
 
 
 def make_trainer(prepared: Prepared, folder: RunFolder, hooks: Hooks) -> AVTrainer:
-    """Put the trainer together."""
+    """Put the trainer together.
+
+    Raises:
+        UsageError: transformers refuses a field, or the list of bad media cannot be written.
+    """
     settings, args, model = prepared.settings, prepared.args, prepared.model
     main = args.process_index == 0
     artefacts = Artefacts(model.model, model.processor, whole=settings.saves_whole, main=main)
@@ -280,19 +289,29 @@ def make_trainer(prepared: Prepared, folder: RunFolder, hooks: Hooks) -> AVTrain
             hooks.say(line)
     if settings.compile:
         model.model.model.language_model.compile(dynamic=True)
-    trainer = AVTrainer(
-        model.model,
-        args,
-        table=prepared.table,
-        dataset=prepared.dataset,
-        sampler=prepared.sampler,
-        batch=settings.batch,
-        artefacts=artefacts,
-        bad_media=BadMediaWatch(bad, alone=args.world_size <= 1),
-        held_out=prepared.held_out,
-        evaluate_with=_evaluation(prepared),
-        callbacks=callbacks,
-    )
+    watch, evaluation = BadMediaWatch(bad, alone=args.world_size <= 1), _evaluation(prepared)
+    try:
+        trainer = AVTrainer(
+            model.model,
+            args,
+            table=prepared.table,
+            dataset=prepared.dataset,
+            sampler=prepared.sampler,
+            batch=settings.batch,
+            artefacts=artefacts,
+            bad_media=watch,
+            held_out=prepared.held_out,
+            evaluate_with=evaluation,
+            callbacks=callbacks,
+        )
+    except AVLlavaError:
+        raise
+    except (ValueError, ImportError) as error:  # save_strategy=best without a metric
+        said = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(
+            f"transformers' Trainer refuses the section training: {said}. Change or leave out the "
+            f"field that it names."
+        ) from error
     if main:
         trainer.on_first_batch = functools.partial(_show_first, model, hooks.say)
     return trainer

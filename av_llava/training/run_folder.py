@@ -7,6 +7,7 @@ left half written is removed then. No torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -27,6 +28,9 @@ QUARANTINE = "bad_media.jsonl"
 LENGTHS = "lengths"
 """Folder of measured lengths."""
 STATE = "trainer_state.json"
+TENSORBOARD = "runs"
+_UNUSED = {RECIPE, RECORD, LENGTHS, LOG, QUARANTINE, TENSORBOARD}
+"""What a run may leave that took no step."""
 _LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = re.compile(r"\.(checkpoint-\d+|final)\.partial-[0-9a-f]+")
@@ -60,14 +64,19 @@ class RunFolder:
 
     @property
     def is_used(self) -> bool:
-        """Whether a run took a step here, or anything else lies here.
+        """Whether a run logged a step here, or anything else lies here.
 
-        What a run leaves that was refused before its first step is no use: its recipe is corrected,
-        and started again.
+        What a run leaves that was refused before its first step, or failed in it, is no use: its
+        recipe is corrected, and started again.
         """
         names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
         names = {n for n in names if n != _LOCK and not _PARTIAL.fullmatch(n)}
-        return bool(names) and not ({RECIPE, RECORD} <= names <= {RECIPE, RECORD, LENGTHS})
+        return bool(names) and (not {RECIPE, RECORD} <= names <= _UNUSED or self._has_step)
+
+    @property
+    def _has_step(self) -> bool:
+        """Whether the log has a whole line."""
+        return self.log.is_file() and b"\n" in self.log.read_bytes()
 
     @property
     def is_finished(self) -> bool:
@@ -119,6 +128,20 @@ class RunFolder:
         for left in self.path.iterdir():
             if _PARTIAL.fullmatch(left.name):
                 shutil.rmtree(left)
+        if not self.is_used:
+            self.log.unlink(missing_ok=True)  # at most the torn beginning of a line
+
+    def note_failure(self, error: BaseException) -> None:
+        """Say in the record that the run ended, unless it says how already.
+
+        Args:
+            error: that ended it.
+        """
+        # What ended the run must be told, whatever state its folder is in.
+        with contextlib.suppress(OSError, ValueError):
+            if self._lock is not None and self.record().get("status") == "running":
+                stopped = isinstance(error, KeyboardInterrupt)
+                self.update_record(status="interrupted" if stopped else "failed")
 
     def release(self) -> None:
         """Give the folder up."""

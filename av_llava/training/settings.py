@@ -277,7 +277,9 @@ class LoraSettings(Settings):
     def __post_init__(self) -> None:
         check_whole("lora.rank", self.rank, 1)
         check_range("lora.alpha", self.alpha, 1e-9)
-        check_range("lora.dropout", self.dropout, 0, 1)
+        check_range("lora.dropout", self.dropout, 0)
+        if self.dropout >= 1:
+            raise UsageError(f"lora.dropout must be below 1, not {self.dropout!r}.")
         check_flag("lora.use_rslora", self.use_rslora)
         check_flag("lora.use_dora", self.use_dora)
 
@@ -355,6 +357,8 @@ class TrainSettings(Settings):
         check_flag("gradient_checkpointing", self.gradient_checkpointing)
         check_flag("compile", self.compile)
         check_whole("seed", self.seed, 0)
+        if self.seed >= 2**32:  # numpy's bound
+            raise UsageError(f"seed must be between 0 and {2**32 - 1}, not {self.seed}.")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise UsageError(f"Two stages have the same name: {', '.join(names)}.")

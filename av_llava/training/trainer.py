@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -34,6 +33,7 @@ from av_llava.training.bad_media import BadMediaWatch
 from av_llava.training.batching import TokenBudgetBatchSampler
 from av_llava.training.collate import BatchInfo, as_is
 from av_llava.training.dataset import TrainingDataset
+from av_llava.training.full_disk import full_disk_named
 from av_llava.training.loss import weighted_loss, where_learned
 from av_llava.training.meters import LossWatch, Meters, check_supervised
 from av_llava.training.optimizer import build_optimizer
@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 SAMPLER = "batches.json"
 """What makes the batches; a run that goes on must make the same."""
-_FULL_DISK = ("No space left", "PytorchStreamWriter failed", "File too large", "quota")
 
 Evaluate = Callable[["AVTrainer"], dict[str, float]]
 
@@ -389,18 +388,3 @@ class AVTrainer(Trainer):
                 "training.load_best_model_at_end cannot gather sharded weights: take the best "
                 f"checkpoint, {best}."
             )
-
-
-@contextmanager
-def full_disk_named(target: Path) -> Iterator[None]:
-    """Turn what libraries raise when a disk is full into an error that says what to do."""
-    try:
-        yield
-    except (RuntimeError, OSError, SafetensorError) as error:
-        full = isinstance(error, OSError) or any(sign in str(error) for sign in _FULL_DISK)
-        if not full:
-            raise
-        raise CheckpointError(
-            f"{target} could not be written: {error}. The checkpoints before it are whole. Make "
-            f"room, then go on with --resume."
-        ) from error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from train_runs import recipe
 
 from av_llava.errors import UsageError
 from av_llava.training import arguments as ours
 from av_llava.training.arguments import training_arguments
 from av_llava.training.reserved import FIXED, UNSUPPORTED
+from av_llava.training.run import train
 from av_llava.training.settings import TrainSettings
 
 
@@ -73,3 +75,41 @@ def test_a_service_whose_package_is_missing(tmp_path, monkeypatch):
 def test_what_fits_is_taken_as_it_is(tmp_path):
     args = arguments(tmp_path, learning_rate=1, max_steps=-1, save_total_limit=None, tf32=None)
     assert (args.learning_rate, args.max_steps, args.save_total_limit) == (1.0, -1, None)
+
+
+@pytest.mark.parametrize("name", ["push_to_hub", "hub_model_id", "hub_token"])
+def test_nothing_is_uploaded_in_training(name):
+    with pytest.raises(UsageError, match=f"training.{name} cannot .* upload the folder final"):
+        TrainSettings(training={name: True})
+
+
+@pytest.mark.parametrize("name", ["do_train", "do_eval", "do_predict"])
+def test_what_a_run_does_is_not_switched_there(name):
+    with pytest.raises(UsageError, match=f"training.{name} cannot be set"):
+        TrainSettings(training={name: True})
+
+
+def test_fp16_needs_a_gpu(tmp_path):
+    with pytest.raises(UsageError, match=r"training\.fp16 needs a GPU.* training\.bf16=true"):
+        arguments(tmp_path, fp16=True, use_cpu=True)
+    if not torch.accelerator.is_available():
+        with pytest.raises(UsageError, match=r"training\.fp16 needs a GPU"):
+            arguments(tmp_path, fp16=True)
+
+
+def test_what_the_trainer_refuses_is_a_sentence(place, tmp_path) -> None:
+    best = recipe(
+        place / "base", place / "data.jsonl", tmp_path / "out", training={"save_strategy": "best"}
+    )
+    with pytest.raises(UsageError, match="Trainer refuses the section training: .*metric_for_best"):
+        train(best)
+
+
+def test_held_out_data_that_nothing_asks_for_are_mentioned(place, tmp_path, caplog) -> None:
+    settings = recipe(
+        place / "base", place / "data.jsonl", tmp_path / "out",
+        data={"eval": str(place / "data.jsonl")}, training={"max_steps": 1},
+    )  # fmt: skip
+    train(settings)
+    said = [r.getMessage() for r in caplog.records if "data.eval" in r.getMessage()]
+    assert len(said) == 1 and "set training.eval_strategy" in said[0]

@@ -419,3 +419,21 @@ def test_a_sample_with_several_media_names_the_bad_one(media, processor):
     data.store.samples[0] = bad
     (found,) = data.__getitems__([0])["info"].bad
     assert Path(found.file).name == "hollow.mp4"
+
+
+def test_a_list_that_cannot_be_written_is_known_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "list.jsonl", tmp_path):
+        with pytest.raises(UsageError, match=r"cannot be written \(.*quarantine="):
+            BadMediaWatch(BadMediaSettings(quarantine=str(path)))
+        with pytest.raises(UsageError, match=r"cannot be written \(.*quarantine="):
+            Quarantine(path).add([medium(1)])
+
+
+def test_trying_the_list_out_leaves_no_file(tmp_path):
+    file = tmp_path / "deep" / "list.jsonl"
+    BadMediaWatch(BadMediaSettings(quarantine=str(file)))
+    assert list(file.parent.iterdir()) == []
+    file.write_text("kept\n")
+    BadMediaWatch(BadMediaSettings(quarantine=str(file)))
+    assert file.read_text() == "kept\n"

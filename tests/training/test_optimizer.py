@@ -8,6 +8,7 @@ import pytest
 from tiny import tiny
 from transformers import get_scheduler
 
+from av_llava.errors import UsageError
 from av_llava.training.arguments import training_arguments
 from av_llava.training.optimizer import build_optimizer, parameter_groups
 from av_llava.training.parts import apply_trainable
@@ -85,3 +86,22 @@ def test_the_optimiser_is_that_of_the_arguments(tmp_path: Path, optim: str, name
     assert {g["lr"] for g in optimizer.param_groups} == {1e-3}
     if name == "AdamW":
         assert optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"optim": "grokadamw"},
+            r"training\.optim=grokadamw cannot be made: .*pip install grokadamw",
+        ),
+        ({"optim": "galore_adamw"}, r"training\.optim=galore_adamw cannot be made: .*galore_torch"),
+        ({"optim_args": "junk"}, r"with training\.optim_args='junk' cannot be made"),
+    ],
+)
+def test_an_optimiser_that_cannot_be_made_is_named(tmp_path: Path, given, said) -> None:
+    model, _ = tiny("llama")
+    table = apply_trainable(model, TrainableSettings())
+    settings = settings_from({"training": {"use_cpu": True, "report_to": [], **given}})
+    with pytest.raises(UsageError, match=said):
+        build_optimizer(model, table, training_arguments(settings, tmp_path))

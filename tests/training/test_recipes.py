@@ -153,7 +153,7 @@ def test_a_lora_can_be_trained_further(place: Path, tmp_path: Path) -> None:
     first = run("lora.yaml", place, tmp_path / "one", "lora.rank=4")
     second = run(
         "lora.yaml", place, tmp_path / "two", f"model.path={first}",
-        "trainable.audio_token_rows=freeze",
+        "trainable.audio_token_rows=freeze", "lora.rank=4",
     )  # fmt: skip
     config = json.loads((second / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["base_model_name_or_path"] == str(place / "base")

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from av_llava.errors import AVLlavaError, CheckpointError, DataError, UsageError
 from av_llava.training import recipe as recipes
+from av_llava.training import run as runs
 from av_llava.training.dataset import TrainingDataset
 from av_llava.training.run import train
 from av_llava.training.run_folder import RunFolder
@@ -356,3 +357,56 @@ def test_the_log_is_cut_where_the_run_goes_on(tmp_path: Path) -> None:
     (tmp_path / "train_log.jsonl").write_text(text)
     RunFolder(tmp_path).cut_log(3)
     assert losses(tmp_path) == {1: 1, 2: 2, 3: 3}
+
+
+class Fails(TrainerCallback):
+    """Ends a run in a step, as an unforeseen error does."""
+
+    def __init__(self, step: int, error: BaseException) -> None:
+        self.step, self.error = step, error
+
+    def on_pre_optimizer_step(self, args, state, control, **_) -> None:
+        if state.global_step + 1 == self.step:
+            raise self.error
+
+
+def fail_in(monkeypatch, step: int, error: BaseException) -> None:
+    made = runs.make_trainer
+
+    def make(*args):
+        trainer = made(*args)
+        trainer.add_callback(Fails(step, error))
+        return trainer
+
+    monkeypatch.setattr(runs, "make_trainer", make)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_failed_in_its_first_step_is_started_again(
+    place, tmp_path, monkeypatch, resume
+) -> None:
+    pytest.importorskip("tensorboard")
+    output = tmp_path / "out"
+    settings = recipe(
+        place / "base", place / "data.jsonl", output,
+        training={"max_steps": 2, "report_to": ["tensorboard"]},
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        fail_in(patch, 1, RuntimeError("unforeseen"))
+        with pytest.raises(RuntimeError, match="unforeseen"):
+            train(settings)
+    assert (output / "runs").is_dir() and RunFolder(output).record()["status"] == "failed"
+    (output / "train_log.jsonl").write_text('{"step": 1, "lo')  # torn
+    assert train(settings.replace(seed=7), resume=resume).is_dir()
+    assert sorted(losses(output)) == [1, 2] and RunFolder(output).record()["status"] == "finished"
+
+
+def test_a_run_that_took_a_step_is_not_written_over(place, tmp_path, monkeypatch) -> None:
+    output = tmp_path / "out"
+    settings = recipe(place / "base", place / "data.jsonl", output, training={"max_steps": 3})
+    fail_in(monkeypatch, 2, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train(settings)
+    assert RunFolder(output).record()["status"] == "interrupted"
+    with pytest.raises(UsageError, match="is not empty"):
+        train(settings)

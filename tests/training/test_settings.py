@@ -77,3 +77,9 @@ def test_names_of_training_arguments_exist_in_this_version() -> None:
 
 def test_defaults_are_a_recipe() -> None:
     assert settings_from({}) == TrainSettings()
+
+
+def test_the_seed_is_within_numpys_range() -> None:
+    assert settings_from({"seed": 2**32 - 1}).seed == 4294967295
+    with pytest.raises(UsageError, match=r"seed must be between 0 and 4294967295, not 9{20}"):
+        settings_from({"seed": 99999999999999999999})
