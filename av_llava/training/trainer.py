@@ -41,7 +41,7 @@ from av_llava.training.parts import PartsTable
 from av_llava.training.run_folder import STATE
 from av_llava.training.settings import BatchSettings
 from av_llava.training.told_apart import KindLosses, part_norms
-from av_llava.training.workers import batches_of, end_workers, start_worker
+from av_llava.training.workers import batches_of, deaths_named, end_workers, start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,8 @@ class AVTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; nothing that reads media goes on afterwards, whatever happens."""
         try:
-            return super().train(*args, **kwargs)
+            with deaths_named():
+                return super().train(*args, **kwargs)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise

@@ -12,6 +12,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,17 +62,36 @@ def batches_of(iterator: Iterable[Any]) -> Iterator[Any]:
         AVLlavaError: what a worker met, or that it was killed.
     """
     try:
-        for batch in iterator:
-            if isinstance(batch, Failed):
-                raise batch.error
-            yield batch
+        with deaths_named():
+            for batch in iterator:
+                if isinstance(batch, Failed):
+                    raise batch.error
+                yield batch
+    except (ConnectionError, EOFError) as error:  # it died while it handed a tensor over
+        raise _death(error) from error
+
+
+@contextmanager
+def deaths_named() -> Iterator[None]:
+    """Name a worker's death. torch tells of it by a signal, so wherever the program happens to be.
+
+    Raises:
+        DataError: a worker was killed.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _KILLED):
             raise
-        raise DataError(
-            f"A process that reads media was killed, mostly for want of memory ({error}). Go on "
-            f"with fewer batch.workers or a smaller batch.prefetch (--resume)."
-        ) from error
+        raise _death(error) from error
+
+
+def _death(error: Exception) -> DataError:
+    said = str(error).strip() or type(error).__name__
+    return DataError(
+        f"A process that reads media was killed, mostly for want of memory ({said}). Go on with "
+        f"fewer batch.workers or a smaller batch.prefetch (--resume)."
+    )
 
 
 def end_workers(iterator: Any) -> None:

@@ -23,7 +23,7 @@ from av_llava.errors import CheckpointError, DataError, MediaError
 from av_llava.training.callbacks import RunLog
 from av_llava.training.collate import as_is
 from av_llava.training.unreadable import UnreadableError
-from av_llava.training.workers import batches_of, end_workers, failed, start_worker
+from av_llava.training.workers import batches_of, deaths_named, end_workers, failed, start_worker
 
 
 class Given(Dataset):
@@ -85,16 +85,32 @@ def test_without_workers_errors_are_raised_at_once() -> None:
         next(alone)
 
 
-def test_a_worker_that_was_killed_is_a_sentence() -> None:
-    iterator = iter(loader(lambda index: torch.tensor(index), n=1000))
-    batches = batches_of(iterator)
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        EOFError("Ran out of input"),
+    ],
+)
+def test_a_worker_that_was_killed_is_a_sentence(error) -> None:
+    """As torch tells it; a worker that is really killed would tell it at any line of this test."""
+
+    def batches():
+        yield 1
+        raise error
+
+    reading = batches_of(batches())
+    assert next(reading) == 1
     with pytest.raises(DataError, match=r"was killed, .*fewer batch\.workers"):
-        list(batches)
-    end_workers(iterator)
-    assert no_worker_is_left()
+        next(reading)
+
+
+def test_other_errors_are_left_as_they_are() -> None:
+    for error in (RuntimeError("CUDA out of memory"), ConnectionError("the network")):
+        with pytest.raises(type(error), match=str(error)), deaths_named():
+            raise error
 
 
 # ---------------------------------------------------------------- in a run
