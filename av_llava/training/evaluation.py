@@ -207,7 +207,14 @@ class Evaluation:
         room = check_context(self.model.processor, prepared, options.max_new_tokens)
         with trainer.accelerator.autocast():
             (answer,) = self.model.answer_prepared(prepared, room, options)
-        return self.scorer(answer.text, reference)
+        try:
+            return float(self.scorer(answer.text, reference))
+        except Exception as error:  # somebody's function
+            raise UsageError(
+                f"evaluation.scorer={self.settings.scorer} failed on the answer {answer.text!r:.80}"
+                f": {type(error).__name__}: {error}. It is called with an answer and the right "
+                f"one, and returns a number."
+            ) from error
 
     def _groups(self) -> list[str]:
         """Values of the key by which scores are told apart, the same in every process."""

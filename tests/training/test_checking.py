@@ -10,7 +10,7 @@ import pytest
 from train_runs import recipe
 from training_data import make_media, sample
 
-from av_llava.errors import DataError
+from av_llava.errors import DataError, UsageError
 from av_llava.training.checking import check_run
 from av_llava.training.prepare import Hooks
 
@@ -74,7 +74,7 @@ def test_nothing_is_measured_where_no_evaluation_is_asked_for(checked) -> None:
 
 
 def test_an_evaluation_that_cannot_work_is_seen(checked) -> None:
-    with pytest.raises(TypeError, match="neg"):
+    with pytest.raises(UsageError, match="scorer=operator:neg failed"):
         checked([sample(0).to_row()], evaluation={"scorer": "operator:neg", "max_new_tokens": 2})
     row = {"id": "x", "conversations": [{"from": "human", "value": "<image>\nWhat?"},
                                         {"from": "gpt", "value": "A."}]}  # fmt: skip

@@ -14,7 +14,7 @@ from train_runs import losses, recipe, trainer_of
 from training_data import make_media, sample
 
 from av_llava import prepared as prepared_module
-from av_llava.errors import DataError
+from av_llava.errors import DataError, UsageError
 from av_llava.training.run import train
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
@@ -246,3 +246,10 @@ def evaluations(settings) -> list[dict]:
     assert len(losses(folder)) == settings.training["max_steps"]
     lines = (folder / "train_log.jsonl").read_text().splitlines()
     return [r for r in map(json.loads, lines) if "eval_loss" in r]
+
+
+@pytest.mark.parametrize("scorer", ["os.path:exists", "os.path:join"])
+def test_a_function_that_is_no_scorer_is_named(settings_of, scorer) -> None:
+    settings = settings_of([sample(0)], evaluation={"samples": 1, "scorer": scorer})
+    with pytest.raises(UsageError, match=f"scorer={scorer} failed on the answer .*: .*Error: "):
+        trainer_of(settings)[0].evaluate()
