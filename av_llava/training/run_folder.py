@@ -125,7 +125,6 @@ class RunFolder:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         self._lock = lock
-        _HELD.add(lock)
         for left in self.path.iterdir():
             if _PARTIAL.fullmatch(left.name):
                 shutil.rmtree(left)
@@ -147,7 +146,6 @@ class RunFolder:
     def release(self) -> None:
         """Give the folder up."""
         if self._lock is not None:
-            _HELD.discard(self._lock)
             self._lock.close()
             self._lock = None
 
@@ -190,19 +188,6 @@ class RunFolder:
             if row.get("step", 0) <= step and "train_runtime" not in row:
                 kept.append(line + "\n")
         self.write(LOG, "".join(kept))
-
-
-def _drop_locks() -> None:
-    """In a process that reads media: it may outlive a run that was killed by some seconds."""
-    for lock in _HELD:
-        lock.close()
-    _HELD.clear()
-
-
-_HELD: set[IO[str]] = set()
-"""Locks of this process; one goes when the last process that has the file open is gone."""
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_drop_locks)
 
 
 def _lock(file: IO[str]) -> None:

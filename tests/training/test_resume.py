@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -189,26 +188,6 @@ def test_two_runs_cannot_write_into_one_folder(tmp_path: Path) -> None:
     assert f"Another run writes into {tmp_path / 'out'} (process {os.getpid()})" in other.stderr
     first.release()
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_readers_that_outlive_a_run_do_not_hold_its_folder(tmp_path: Path) -> None:
-    """A run that was killed can be resumed at once, though its readers notice seconds later."""
-    folder = RunFolder(tmp_path / "out")
-    folder.claim(resume=False)
-    context = multiprocessing.get_context("fork")
-    ready, go = context.Event(), context.Event()
-    reader = context.Process(target=lambda: (ready.set(), go.wait(60)))
-    reader.start()
-    try:
-        assert ready.wait(60)
-        with pytest.raises(UsageError, match="Another run writes into"):
-            RunFolder(tmp_path / "out").claim(resume=False)
-        folder.release()
-        RunFolder(tmp_path / "out").claim(resume=False)
-        assert reader.is_alive()
-    finally:
-        go.set()
-        reader.join()
 
 
 def test_a_used_folder_is_refused_unless_resumed(place: Path, tmp_path: Path) -> None:
