@@ -59,6 +59,7 @@ def kill_after(process: subprocess.Popen, output: Path, steps: int, delay_s: flo
     time.sleep(delay_s)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    time.sleep(6)  # its readers hold the folder's lock until they notice, which takes them 5 s
 
 
 @pytest.mark.slow
